@@ -1,0 +1,25 @@
+"""m2_ds trains, evaluates and converts M2-Encoder-class bilingual image-text models.
+
+`load` and `M2EncoderConfig` are imported on first use, so that `import m2_ds` stays fast.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["M2EncoderConfig", "load"]
+
+if TYPE_CHECKING:
+    from m2_ds.api import load
+    from m2_ds.model.config import M2EncoderConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from m2_ds.api import load
+
+        return load
+    if name == "M2EncoderConfig":
+        from m2_ds.model.config import M2EncoderConfig
+
+        return M2EncoderConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Sources of pairs: builders that write shards, and readers of formats that people already have."""

@@ -1,0 +1,1 @@
+"""The training engine: one step algorithm, the loop around it, checkpoints and monitoring."""

@@ -1,0 +1,1 @@
+"""Losses: features in, loss and gradients out."""

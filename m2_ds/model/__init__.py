@@ -1,0 +1,1 @@
+"""The network: pure torch modules that know no process group but the one handed to their layers."""
