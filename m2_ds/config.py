@@ -1,0 +1,206 @@
+"""The whole run as one typed tree, from a YAML file and dotted overrides. Every check that needs no GPU happens here."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from m2_ds.data.config import DataConfig
+from m2_ds.evaluation.config import EvaluationConfig
+from m2_ds.loss.config import LossConfig
+from m2_ds.model.config import M2EncoderConfig
+from m2_ds.schema import Settings
+
+
+class ParameterRule(Settings):
+    """What differs for parameters whose name matches. Names are the canonical ones (those of the state dict)."""
+
+    pattern: str = Field(description=r"regular expression, searched in the name: 'backbone\.encoder\..*\.B\.'")
+    lr_scale: float = Field(1.0, ge=0, description="factor on the learning rate")
+    weight_decay: float | None = Field(None, ge=0, description="instead of optim.weight_decay")
+    freeze: bool = Field(False, description="do not train these")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
+
+
+class ScheduleConfig(Settings):
+    """Learning rate over steps: linear warm-up from 0, then one of two shapes."""
+
+    kind: Literal["cosine", "constant"] = Field("cosine", description="cosine to the end, or constant with a cool-down")
+    warmup_steps: int = Field(0, ge=0)
+    cooldown_share: float = Field(0.2, ge=0, le=1, description="constant: last share of the steps, linear to the end")
+    final_scale: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of optim.lr")
+
+
+class OptimConfig(Settings):
+    """AdamW (arXiv 1711.05101). Decay applies to weight matrices and kernels; never to biases, norms, scales, positions."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    rules: list[ParameterRule] = Field(default_factory=list, description="applied in order; the last match decides")
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    max_logit_scale: float = Field(100.0, gt=0, description="exp(logit_scale) is clamped to this after each step")
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this many steps are kept for good; 0: none")
+
+
+class LogConfig(Settings):
+    """Where numbers go. JSONL and TensorBoard are always written."""
+
+    every: int = Field(10, ge=1, description="steps between log lines; numbers are means over them")
+    wandb_project: str | None = Field(None, description="also log to this Weights & Biases project (needs wandb)")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="dense peak of one device for MFU; known GPUs are looked up, a CPU has none"
+    )
+
+
+class EngineConfig(Settings):
+    """How the step is carried out."""
+
+    deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="DeepSpeed JSON: ZeRO stage, offload, buckets")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and activations; the loss is fp32 always")
+    threads: int | None = Field(None, ge=1, description="CPU threads a rank; None: cores / ranks of this machine")
+    build_ops: bool = Field(False, description="let DeepSpeed compile its CPU ops at first use (needs g++, minutes)")
+    timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the job")
+
+
+class RunConfig(Settings):
+    """One training run."""
+
+    folder: Path = Field(description="run folder: configuration, log, checkpoints, report; made if it does not exist")
+    steps: int = Field(gt=0, description="optimizer steps of the whole run")
+    global_batch: int = Field(gt=0, description="pairs an optimizer step, over all ranks")
+    seed: int = Field(0, ge=0, lt=2**31)
+    init_from: Path | None = Field(None, description="weights to start from: a checkpoint, a canonical folder or a .ckpt")
+    tokenizer: Path = Field(description="tokenizer folder or sentencepiece .model file")
+    model: M2EncoderConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "preset" in value:
+            changes = dict(value)
+            return M2EncoderConfig.preset(changes.pop("preset"), **changes)
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.data.image_size != self.model.image_size:
+            raise ValueError(f"data.image_size is {self.data.image_size}, model.image_size is {self.model.image_size}")
+        if self.optim.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optim.schedule.warmup_steps {self.optim.schedule.warmup_steps} must be less than steps {self.steps}"
+            )
+        if self.loss.unimodal_weight == 0 and self.loss.vl_weight == 0:
+            raise ValueError("loss.unimodal_weight and loss.vl_weight are both 0: there is nothing to train for")
+        return self
+
+    def micro_batch(self, data_parallel_size: int) -> int:
+        """Pairs a rank and forward. Raises ValueError where the global batch does not divide."""
+        micro, rest = divmod(self.global_batch, data_parallel_size)
+        if rest or micro == 0:
+            below, above = micro * data_parallel_size, (micro + 1) * data_parallel_size
+            raise ValueError(
+                f"global_batch {self.global_batch} does not divide over {data_parallel_size} data-parallel ranks; "
+                f"use {f'{below} or ' if below else ''}{above}"
+            )
+        return micro
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load_config` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe. ``overrides``: ``optim.lr=1e-3``, values as in YAML; list items by number, ``data.sources.0.path=x``.
+
+    Raises ValueError that names the file, the field, its value and what would be accepted.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no such recipe: {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of fields, not {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(explain(error, str(path))) from None
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line a wrong field: its dotted name, what is wrong, and the value."""
+    lines = [f"{where}: {error.error_count()} wrong field{'s' * (error.error_count() > 1)}"]
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
+        value = "" if item["type"] in ("missing", "value_error") and len(repr(item["input"])) > 80 else item["input"]
+        lines.append(f"  {name}: {item['msg']}" + (f" (got {value!r})" if value != "" else ""))
+    return "\n".join(lines)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, found, text = override.partition("=")
+    if not found or not name:
+        raise ValueError(f"an override is written field.name=value, not {override!r}")
+    *parents, last = name.split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_position(node, part, override)]
+        else:
+            # An empty block ("optim:") is None in YAML.
+            node[part] = {} if node.get(part) is None else node[part]
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise ValueError(f"override {override!r}: {part!r} is a value, it has no fields")
+    value = _number(yaml.safe_load(text)) if text else None
+    if isinstance(node, list):
+        node[_position(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _position(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ValueError(f"override {override!r}: {part!r} is not an item of a list of {len(items)}; count from 0")
+    return int(part)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

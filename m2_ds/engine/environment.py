@@ -1,0 +1,54 @@
+"""What a run ran on: versions, machine, code state. Written into the run folder."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import m2_ds
+from m2_ds.parallel.mesh import Mesh
+
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "pyarrow", "sentencepiece", "pillow", "numpy")
+
+
+def describe(mesh: Mesh) -> dict[str, Any]:
+    """JSON-able facts; what cannot be found is None."""
+    return {
+        "m2_ds": m2_ds.__version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "modified_files": (_git("status", "--porcelain") or "").splitlines(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
+        "world_size": mesh.world_size,
+        "backend": mesh.backend,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Of the checkout that the package lies in; None for an installed package or without git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None

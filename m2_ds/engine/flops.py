@@ -1,0 +1,49 @@
+"""Arithmetic of a training step, counted on a model without weights (the meta device). Legend: L text tokens."""
+
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.encoder import M2Encoder
+from m2_ds.model.random import Noise
+
+# Dense bf16 peak of one device, TFLOP/s, from the makers' data sheets.
+_PEAK_TFLOPS = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "V100": 125.0}
+
+
+class StepFlops:
+    """Floating point operations of forward and backward (twice the forward), recomputation not counted."""
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        with torch.device("meta"):
+            self._model = M2Encoder(config.model_copy(update={"recompute": "none"}))
+        self._noise = Noise(torch.zeros(1, dtype=torch.int64, device="meta"))
+        self.image = cache(self._image)
+        self.text = cache(self._text)
+
+    def __call__(self, images: int, texts: int, length: int) -> float:
+        """Of ``images`` pictures and ``texts`` captions padded to ``length`` tokens."""
+        return 3.0 * (images * self.image() + texts * self.text(length))
+
+    def _image(self) -> int:
+        size = self._model.config.image_size
+        images = torch.zeros(1, 3, size, size, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self._model.image_features(images, self._noise)
+        return counter.get_total_flops()
+
+    def _text(self, length: int) -> int:
+        ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self._model.text_features(ids, ids)
+        return counter.get_total_flops()
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The dense bf16 peak of a known GPU; None for a CPU or an unknown device."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_TFLOPS.items() if all(word in name for word in key.split())), None)

@@ -1,0 +1,212 @@
+"""What a run says while it trains: one JSON object a logged step, TensorBoard, Weights & Biases if asked, a progress bar."""
+
+import json
+import logging
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from m2_ds.config import RunConfig
+from m2_ds.data.stream import PairBatch
+from m2_ds.engine.flops import StepFlops, peak_tflops
+from m2_ds.engine.optim import lr_scale
+from m2_ds.engine.step import StepResult
+from m2_ds.parallel.collectives import all_gather_objects, all_reduce_sum
+from m2_ds.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Collects results on the device and reads them once every ``log.every`` steps. A context manager.
+
+    Every rank holds one; only the first writes.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, levels: list[str], languages: list[str], start_step: int) -> None:
+        self.config, self.mesh, self.levels, self.languages = config, mesh, levels, languages
+        self.flops = StepFlops(config.model)
+        self.peak = config.log.peak_tflops or peak_tflops(mesh.device)
+        self.sinks = _Sinks(config, start_step) if mesh.is_first else None
+        self.skipped_in_all: Counter[str] = Counter()
+        self._reset()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.sinks:
+            self.sinks.close()
+
+    def _reset(self) -> None:
+        self.results: list[StepResult] = []
+        self.skipped: Counter[str] = Counter()
+        self.operations = 0.0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, step: int, batch: PairBatch, result: StepResult, waited: float) -> None:
+        """Take in the result of step number ``step`` (from 0); write a log line where one is due."""
+        captions, pairs, length = batch.ids.shape
+        self.results.append(result)
+        self.skipped.update(batch.skipped)
+        self.operations += self.flops(pairs, captions * pairs, length)
+        self.waited += waited
+        if (step + 1) % self.config.log.every == 0 or step + 1 == self.config.steps:
+            self._write(step + 1)
+            self._reset()
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that evaluation or a checkpoint took."""
+        self.started += seconds
+
+    def _write(self, done: int) -> None:
+        n, group = len(self.results), self.mesh.data_parallel
+        sums = torch.stack([torch.cat([r.loss, r.count[None]]) for r in self.results]).sum(0)
+        sums = all_reduce_sum(sums, group).cpu()  # waits for the device: the time below is the steps' own
+        seconds = time.perf_counter() - self.started
+        loss, count = sums[:-1], sums[-1]
+        last = self.results[-1]
+        by_level = loss.sum(1) / count.sum()
+        weights = [w for w in (self.config.loss.unimodal_weight, self.config.loss.vl_weight) if w > 0]
+        numbers: dict[str, Any] = {
+            "step": done,
+            "samples": done * self.config.global_batch,
+            "loss": sum(w * float(x) for w, x in zip(weights, by_level)),
+            **{f"loss/{name}": float(x) for name, x in zip(self.levels, by_level)},
+            **{f"loss/{lang}": float(x) for lang, x in zip(self.languages, loss.mean(0) / count)},
+            "lr": self.config.optim.lr * lr_scale(done - 1, self.config.steps, self.config.optim.schedule),
+            "grad_norm": sum(float(r.grad_norm) for r in self.results) / n,
+            **{f"logit_scale/{name}": float(x) for name, x in zip(self.levels, last.scales)},
+            "samples_per_s": n * self.config.global_batch / seconds,
+            "step_s": seconds / n,
+            "data_wait_s": self.waited / n,
+            "data_wait_share": self.waited / seconds,
+            "tflops": self.operations / seconds / 1e12,
+            "mfu": self.operations / seconds / 1e12 / self.peak if self.peak else None,
+            "memory_gb": _memory_gb(self.mesh.device),
+        }
+        for counts in all_gather_objects(dict(self.skipped), group):
+            self.skipped_in_all.update(counts)
+        numbers["skipped"] = dict(self.skipped_in_all)
+        if self.sinks:
+            self.sinks.write({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()})
+        if not math.isfinite(numbers["loss"]):
+            raise FloatingPointError(
+                f"the loss is {numbers['loss']} at step {done}. Lower optim.lr, lengthen optim.schedule.warmup_steps or set "
+                "optim.grad_clip, and start again from the last checkpoint"
+            )
+
+    def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        if self.sinks:
+            self.sinks.scalars(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+
+
+class _Sinks:
+    """Files, services and the terminal of the first rank."""
+
+    def __init__(self, config: RunConfig, start_step: int) -> None:
+        folder = config.folder
+        self.log_path = folder / "log.jsonl"
+        _forget_after(self.log_path, start_step)
+        self.file = self.log_path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        self.wandb = _start_wandb(config) if config.log.wandb_project else None
+        console = Console()
+        self.live = console.is_terminal
+        self.steps = config.steps
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("", total=config.steps, completed=start_step)
+        self.progress.start()
+
+    def write(self, numbers: dict[str, Any]) -> None:
+        self.file.write(json.dumps(numbers, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self.scalars(numbers["step"], {k: v for k, v in numbers.items() if isinstance(v, int | float)})
+        if numbers["skipped"]:
+            self.scalars(numbers["step"], {f"skipped/{k}": v for k, v in numbers["skipped"].items()})
+        line = _line(numbers)
+        self.progress.update(self.task, completed=numbers["step"], description=line)
+        if not self.live:
+            print(f"step {numbers['step']}/{self.steps}  {line}", flush=True)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if name not in ("step", "samples"):
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _line(numbers: dict[str, Any]) -> str:
+    parts = [f"loss {numbers['loss']:.3f}"]
+    parts += [f"{name.removeprefix('loss/')} {numbers[name]:.3f}" for name in numbers if name in _language_names(numbers)]
+    parts += [f"{numbers['samples_per_s']:.0f} samples/s", f"wait {100 * numbers['data_wait_share']:.1f}%"]
+    parts += [f"{numbers['tflops'] * 1000:.0f} GFLOP/s" if numbers["tflops"] < 1 else f"{numbers['tflops']:.1f} TFLOP/s"]
+    if numbers["mfu"]:
+        parts.append(f"MFU {100 * numbers['mfu']:.0f}%")
+    scale = next(value for name, value in reversed(numbers.items()) if name.startswith("logit_scale/"))
+    if numbers["grad_norm"] is not None:
+        parts.append(f"norm {numbers['grad_norm']:.2f}")
+    parts += [f"scale {scale:.1f}", f"{numbers['memory_gb']:.1f} GB"]
+    if numbers["skipped"]:
+        parts.append("skipped " + ", ".join(f"{v} {k}" for k, v in numbers["skipped"].items()))
+    return "  ".join(parts)
+
+
+def _language_names(numbers: dict[str, Any]) -> list[str]:
+    return [n for n in numbers if n.startswith("loss/") and n not in ("loss/unimodal", "loss/vl")]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines past the step a run resumes from: they will be written again. A line cut short by a crash goes, too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            log.warning("%s: a line that is not a log entry was dropped: %.60r", path, line)
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _start_wandb(config: RunConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it") from None
+    return wandb.init(project=config.log.wandb_project, name=config.folder.name, config=config.model_dump(mode="json"))
+
+
+def _memory_gb(device: torch.device) -> float:
+    """Peak allocated memory of a GPU; resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

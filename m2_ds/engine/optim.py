@@ -1,0 +1,92 @@
+"""The optimizer's parameter groups, its schedule, and the clamp of the logit scales."""
+
+import math
+import re
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from m2_ds.config import OptimConfig, ParameterRule, ScheduleConfig
+from m2_ds.model.weights import LOGIT_SCALES, canonical_names
+
+_NOT_DECAYED = ("embed_positions", "cls_token", "mask_token")
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+    """AdamW groups of the parameters that train, by (learning rate scale, decay); rules may freeze more.
+
+    Raises ValueError for a rule that no parameter matches (most likely a misspelt pattern).
+    """
+    groups: dict[tuple[float, float, float | None], list[nn.Parameter]] = {}
+    hits = [0] * len(config.rules)
+    for name, parameter in model.named_parameters():
+        names = canonical_names(name)
+        matching = [i for i, rule in enumerate(config.rules) if any(re.search(rule.pattern, n) for n in names)]
+        for i in matching:
+            hits[i] += 1
+        rules = [config.rules[i] for i in matching]
+        if any(rule.freeze for rule in rules):
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            ceiling = math.log(config.max_logit_scale) if name in LOGIT_SCALES else None
+            key = (_lr_scale(rules), _decay(name, parameter, config, rules), ceiling)
+            groups.setdefault(key, []).append(parameter)
+    for rule, count in zip(config.rules, hits):
+        if count == 0:
+            raise ValueError(f"optim.rules: no parameter's name matches {rule.pattern!r}; names are the state dict's")
+    return [
+        {"params": parameters, "lr": config.lr * scale, "weight_decay": decay, "ceiling": ceiling}
+        for (scale, decay, ceiling), parameters in groups.items()
+    ]
+
+
+def _lr_scale(rules: list[ParameterRule]) -> float:
+    return rules[-1].lr_scale if rules else 1.0
+
+
+def _decay(name: str, parameter: nn.Parameter, config: OptimConfig, rules: list[ParameterRule]) -> float:
+    set_by_rule = [rule.weight_decay for rule in rules if rule.weight_decay is not None]
+    if set_by_rule:
+        return set_by_rule[-1]
+    plain = parameter.dim() < 2 or any(part in name for part in _NOT_DECAYED)
+    return 0.0 if plain else config.weight_decay
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """torch's AdamW, fused into one kernel a group, with the logit scales held under their ceiling.
+
+    The clamp acts on what the optimizer holds, right after its step: under ZeRO that is the fp32 master copy (padded
+    with zeros), from which the engine then refreshes the model's own.
+    """
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+    optimizer.register_step_post_hook(_clamp)
+    return optimizer
+
+
+def _clamp(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    for group in optimizer.param_groups:
+        if group.get("ceiling") is not None:
+            for parameter in group["params"]:
+                parameter.data.clamp_(max=group["ceiling"])
+
+
+def lr_scale(step: int, steps: int, config: ScheduleConfig) -> float:
+    """The factor on the learning rate of ``step`` (from 0) of ``steps``."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    floor = config.final_scale
+    if config.kind == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    cooldown = max(1, round(steps * config.cooldown_share))
+    left = (steps - step) / cooldown
+    return floor + (1 - floor) * max(0.0, min(1.0, left))
+
+
+def schedule_builder(steps: int, config: ScheduleConfig) -> Callable[[torch.optim.Optimizer], LambdaLR]:
+    """What DeepSpeed calls with its own optimizer to get the learning rate schedule."""
+    return lambda optimizer: LambdaLR(optimizer, lambda step: lr_scale(step, steps, config))

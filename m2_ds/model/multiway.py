@@ -1,0 +1,108 @@
+"""One M2-Encoder layer: attention and feed-forward with sub-LayerNorms, each weight in two branches (A vision, B text).
+
+Source of every formula: the network of M2-Encoder (arXiv 2401.15896), Magneto's sub-LayerNorm (arXiv 2210.06423).
+Legend: B samples, T tokens, D width, H heads, d = D / H.
+
+``split`` says which branch a token takes: -1 all A, 0 all B, s > 0 the first s A and the rest B.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.random import Noise
+
+ALL_A, ALL_B = -1, 0
+LAYER_NORM_EPS = 1e-5
+
+
+class Multiway(nn.Module):
+    """Two modules of one kind, ``A`` and ``B``, drawn independently; tokens [B, T, D] choose by ``split``."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.A = make()
+        self.B = make()
+
+    def forward(self, x: Tensor, split: int) -> Tensor:
+        if split == ALL_A:
+            return self.A(x)
+        if split == ALL_B:
+            return self.B(x)
+        return torch.cat([self.A(x[:, :split]), self.B(x[:, split:])], dim=1)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + mask) v for q, k, v [B, H, T, d]; ``mask`` boolean (True: may attend) or None.
+
+    On a CPU low precision is widened: torch's bf16 attention backward is several times slower there than fp32
+    (docs/decisions.md). Without a mask flash kernels are eligible on a GPU.
+    """
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+        return out.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a LayerNorm over the concatenated heads before the output projection.
+
+    q, k and v are one product; the state dict speaks of q_proj, k_proj and v_proj (m2_ds.model.weights).
+    """
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv_proj = Multiway(lambda: nn.Linear(width, 3 * width))
+        self.inner_attn_ln = Multiway(lambda: layer_norm(width))
+        self.out_proj = Multiway(lambda: nn.Linear(width, width))
+
+    def forward(self, x: Tensor, split: int, mask: Tensor | None) -> Tensor:
+        q, k, v = self.qkv_proj(x, split).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        a = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
+        return self.out_proj(self.inner_attn_ln(a, split), split)
+
+
+class FeedForward(nn.Module):
+    """GELU(x W1) -> LayerNorm over 4 D -> W2."""
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.ffn_size)
+        self.ffn_layernorm = layer_norm(config.ffn_size)
+        self.fc2 = nn.Linear(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+
+
+class MultiwayLayer(nn.Module):
+    """A pre-norm transformer layer. ``index`` numbers its random decisions, ``drop_path`` is its own rate."""
+
+    def __init__(self, config: M2EncoderConfig, index: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.index = index
+        self.drop_path = drop_path
+        self.self_attn_layer_norm = Multiway(lambda: layer_norm(config.hidden_size))
+        self.self_attn = Attention(config)
+        self.final_layer_norm = Multiway(lambda: layer_norm(config.hidden_size))  # the pre-FFN norm, in spite of its name
+        self.ffn = Multiway(lambda: FeedForward(config))
+
+    def forward(self, x: Tensor, split: int, mask: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]. ``noise`` given: residual branches are dropped by sample at the layer's rate."""
+        x = self._residual(x, self.self_attn(self.self_attn_layer_norm(x, split), split, mask), noise, 0)
+        return self._residual(x, self.ffn(self.final_layer_norm(x, split), split), noise, 1)
+
+    def _residual(self, x: Tensor, branch: Tensor, noise: Noise | None, which: int) -> Tensor:
+        if noise is None or self.drop_path == 0.0:
+            return x + branch
+        kept = noise.uniform(2 * self.index + which)[:, :, None] >= self.drop_path
+        return x + branch * (kept.to(branch.dtype) / (1.0 - self.drop_path))
