@@ -11,15 +11,16 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import tyro
 import webdataset
 from PIL import Image
 
-from m2_ds.data.shards import Record, open_dataset
+from m2_ds.data.shards import open_dataset
 
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # what open_clip's loader picks up
 ABOUT_NAME = "about.json"
@@ -30,17 +31,17 @@ def hashed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
-def choose_caption(record: Record, language: str, seed: int) -> str | None:
+def choose_caption(key: str, captions: Sequence[Mapping[str, Any]], language: str, seed: int) -> str | None:
     """One caption of the language, drawn by weight with a hash of the key; None where the picture has none."""
-    captions = [c for c in record.captions if c.language == language and c.text.strip() and c.weight > 0]
-    if not captions:
+    usable = [c for c in captions if c["language"] == language and c["text"].strip()]
+    if not usable:
         return None
-    point = hashed(seed, record.key, language) / 2**64 * sum(c.weight for c in captions)
-    for caption in captions:
-        point -= caption.weight
+    point = hashed(seed, key, language) / 2**64 * sum(c["weight"] for c in usable)
+    for caption in usable:
+        point -= caption["weight"]
         if point < 0:
-            return caption.text
-    return captions[-1].text  # the sum of the weights was rounded up
+            return str(caption["text"])
+    return str(usable[-1]["text"])  # the sum of the weights was rounded up
 
 
 def write(
@@ -62,7 +63,13 @@ def write(
         seed: Changes which captions are drawn and how the samples are spread.
     """
     manifest = hashlib.sha256((dataset / "manifest.json").read_bytes()).hexdigest()
-    about = {"manifest": manifest, "split": split, "shards": shards, "languages": list(languages), "seed": seed}
+    about: dict[str, object] = {
+        "manifest": manifest,
+        "split": split,
+        "shards": shards,
+        "languages": list(languages),
+        "seed": seed,
+    }
     if (out / ABOUT_NAME).is_file():
         found = json.loads((out / ABOUT_NAME).read_text(encoding="utf-8"))
         if {name: found.get(name) for name in about} == about:
@@ -73,20 +80,21 @@ def write(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     names = [f"{index:05d}.tar" for index in range(shards)]
-    sizes = Counter({name: 0 for name in names})
+    sizes = Counter(dict.fromkeys(names, 0))
     with ExitStack() as stack:
         tars = {name: stack.enter_context(webdataset.TarWriter(str(aside / name))) for name in names}
-        for number, record in enumerate(open_dataset(dataset).split(split).iter()):
-            image_format = Image.open(io.BytesIO(record.image)).format
+        for number, row in enumerate(open_dataset(dataset).split(split).iter(["key", "image", "captions"])):
+            key, image = row["key"], row["image"]
+            image_format = Image.open(io.BytesIO(image)).format
             if image_format not in EXTENSIONS:
-                raise ValueError(f"{dataset}, {record.key}: the peer reads PNG, JPEG and WebP, not {image_format}")
+                raise ValueError(f"{dataset}, {key}: the peer reads PNG, JPEG and WebP, not {image_format}")
             for language in languages:
-                text = choose_caption(record, language, seed)
+                text = choose_caption(key, row["captions"], language, seed)
                 if text is None:
                     continue
-                name = names[hashed(seed, record.key, language, "tar") % shards]
+                name = names[hashed(seed, key, language, "tar") % shards]
                 # Keys of ours may hold dots, at which webdataset would split: a running number cannot.
-                sample = {"__key__": f"{number:08d}_{language}", EXTENSIONS[image_format]: record.image, "txt": text}
+                sample = {"__key__": f"{number:08d}_{language}", EXTENSIONS[image_format]: image, "txt": text}
                 tars[name].write(sample)
                 sizes[name] += 1
     if not all(sizes.values()):
