@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from m2_ds.data.shards import write_atomically
 from m2_ds.schema import Settings
 
 MODEL_FILE = "tokenizer.model"
@@ -137,8 +137,8 @@ class Tokenizer(ABC):
             model_sha256=hashlib.sha256(self._model).hexdigest(),
         )
         # The config names the model's checksum, so it goes last: a folder cut short by a crash never loads.
-        _write(target / MODEL_FILE, self._model)
-        _write(target / CONFIG_FILE, (json.dumps(config.model_dump(), indent=2) + "\n").encode())
+        write_atomically(target / MODEL_FILE, self._model)
+        write_atomically(target / CONFIG_FILE, (json.dumps(config.model_dump(), indent=2) + "\n").encode())
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -243,7 +243,8 @@ class GlmTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A bilingual tokenizer of our own: unigram pieces, bytes for what they lack, no special string in user text.
 
-    Normalisation (NFKC, lower-casing) is inside the model file. A text that is too long keeps its start.
+    Normalisation (NFKC, lower-casing) is inside the model file, word marks are ours (`mark_words`). A text that is too
+    long keeps its start. Reads models made by `m2_ds.data.text_train`.
     """
 
     kind = "sentencepiece"
@@ -251,10 +252,33 @@ class SentencePieceTokenizer(Tokenizer):
     default_truncation: ClassVar[Truncation] = "right"
 
     def _split(self, text: str) -> list[str | int]:
-        return [text]
+        return [mark_words(text)]
 
     def _join(self, ids: list[int]) -> str:
-        return self._sp.decode([i for i in ids if i not in self.special_ids])
+        return self._sp.decode([i for i in ids if i not in self.special_ids]).strip()
+
+
+# Scripts written without spaces between words: Han with its radicals and marks, kana.
+_UNSPACED = (
+    "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
+)
+_space_before = re.compile(rf" (?=[{_UNSPACED}])")
+_word_after = re.compile(rf"(?<=[{_UNSPACED}]) ?(?=[^\W{_UNSPACED}])")
+_starts_unspaced = re.compile(f"[{_UNSPACED}]")
+
+
+def mark_words(text: str) -> str:
+    """Text with one space before every word of a spaced script and none before Chinese, whatever the writer did.
+
+    A space becomes part of the piece that follows it. Without this, sentencepiece's dummy prefix would make the first
+    character of every Chinese caption another piece than the same character inside (10% more tokens were measured), and
+    "爱machine" would hold another word than "a machine".
+    """
+    text = " ".join(text.split())
+    if text.isascii():
+        return " " + text if text else ""
+    text = _word_after.sub(" ", _space_before.sub("", text))
+    return text if _starts_unspaced.match(text) else " " + text
 
 
 KINDS: dict[str, type[Tokenizer]] = {"glm": GlmTokenizer, "sentencepiece": SentencePieceTokenizer}
@@ -337,15 +361,3 @@ def _read_config(file: Path) -> TokenizerConfig | None:
 def _missing_pieces(sp: sentencepiece.SentencePieceProcessor, required: dict[str, str]) -> list[str]:
     # piece_to_id answers the unknown id for a piece that is not there.
     return [p for p in dict.fromkeys(required.values()) if sp.id_to_piece(sp.piece_to_id(p)) != p]
-
-
-def _write(file: Path, content: bytes) -> None:
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        shutil.move(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
