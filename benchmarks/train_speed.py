@@ -32,7 +32,6 @@ from typing import Any, Literal
 import psutil
 import tyro
 from peer import make_tars, model_folder
-from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 Side = Literal["peer", "m2_ds"]
@@ -331,7 +330,6 @@ def machine(options: Options) -> dict[str, object]:
 
 def main(options: Options) -> None:
     """Runs every turn, prints the table and writes it with all numbers."""
-    console = Console()
     cores = len(os.sched_getaffinity(0))
     layouts = [Layout.parse(text) for text in options.layouts or (f"1x{cores}", f"{cores}x1")]
     for layout in layouts:
@@ -370,10 +368,10 @@ def main(options: Options) -> None:
         with log.open(encoding="utf-8") as lines:
             turns.append(count(turn, list(lines), arrivals, options))
         warning = f"  the machine was {turn.busy_before:.0%} busy before" if turn.busy_before > QUIET else ""
-        console.print(
+        print(
             f"{done + 1}/{len(plan)} {side:5} {precision} {layout}: {turn.median:.0f} samples/s "
             f"(outer clock {turn.clock:.0f}){warning}",
-            markup=False,
+            flush=True,
         )
     rows = summarise(turns)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -384,7 +382,7 @@ def main(options: Options) -> None:
     if disturbed:
         text += f"\nOther programs were running before {disturbed} of {len(turns)} turns: do not trust these numbers.\n"
     options.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    console.print(text, markup=False)
+    print(text)
 
 
 if __name__ == "__main__":
