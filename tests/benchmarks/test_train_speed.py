@@ -58,13 +58,16 @@ def test_a_turn_is_watched_timed_and_counted(tmp_path: Path) -> None:
         "        out.flush()\n"
     )
     arrivals = train_speed.watch([sys.executable, "-c", script, str(log)], 3, log, tmp_path / "out.txt", limit=30)
-    turn = train_speed.Turn("m2_ds", "fp32", "1x3", 0, 0.0)
     lines = log.read_text().splitlines(keepends=True)
-    train_speed.count(turn, lines, arrivals, options(tmp_path, warmup=2, batch=10))
-    assert turn.rates == [3.0] * 6 and turn.median == 3.0
-    assert 50 < turn.clock < 101  # 10 pairs in a little over 0.1 s
+    assert len(arrivals) == len(lines) == 8
+    assert arrivals == sorted(arrivals) and arrivals[-1] - arrivals[0] > 0.2  # as they came, not all at the end
+    turn = train_speed.Turn("m2_ds", "fp32", "1x3", 0, 0.0)
+    times = [10.0, 11.0, 12.0, 12.5, 13.0, 13.5, 14.0, 14.5]
+    train_speed.count(turn, lines, times, options(tmp_path, warmup=2, batch=10))
+    assert turn.rates == [3.0] * 6 and turn.median == 3.0  # what the log says: the number of threads, here
+    assert turn.clock == round(60 / 3.5, 2)  # from the arrival of the last warm-up step to that of the last step
     with pytest.raises(ValueError, match="warm-up"):
-        train_speed.count(turn, lines, arrivals, options(tmp_path, warmup=7))
+        train_speed.count(turn, lines, times, options(tmp_path, warmup=7))
 
 
 def test_a_turn_that_fails_shows_the_end_of_its_output(tmp_path: Path) -> None:
