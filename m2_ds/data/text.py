@@ -12,7 +12,6 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -29,7 +28,6 @@ from m2_ds.schema import Settings
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
 DEFAULT_MAX_LENGTH = 52  # the release's max_text_len
-CACHE_TEXTS = 65536  # about 20 MB of short captions
 
 # Pieces that a model must hold to be of a kind: {role: piece}.
 GLM_PIECES = {"cls": "[CLS]", "eos": "<|endoftext|>", "pad": "<|endoftext|>", "mask": "[MASK]", "unk": "[UNK]"}
@@ -67,9 +65,8 @@ class Tokenizer(ABC):
         *,
         max_length: int = DEFAULT_MAX_LENGTH,
         truncation: Truncation | None = None,
-        cache: int = CACHE_TEXTS,
     ):
-        """`model` is a serialised sentencepiece model; `cache` bounds the texts whose ids are remembered (0: none)."""
+        """`model` is a serialised sentencepiece model; `truncation` None takes the kind's own side."""
         if max_length < 3:
             raise ValueError(f"max_length is {max_length}: start token, one piece and end token need at least 3")
         if truncation not in (None, "left", "right"):
@@ -77,8 +74,6 @@ class Tokenizer(ABC):
         self._model = model
         self.max_length = max_length
         self.truncation: Truncation = truncation or self.default_truncation
-        self._cache_size = cache
-        self._cache: OrderedDict[str, list[int]] = OrderedDict()
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._sp.get_piece_size()
         if missing := _missing_pieces(self._sp, self.required):
@@ -102,7 +97,9 @@ class Tokenizer(ABC):
         L is the longest text's length (at most max_length), or `length` when given, for batches of a fixed shape.
         Raises ValueError for a `length` under what the texts need, and for something that is not a list of strings.
         """
-        rows = self._rows(texts)
+        if isinstance(texts, str):
+            raise ValueError("encode takes a list of texts, got one string: write encode([text])")
+        rows = [self._frame(ids) for ids in self._ids(texts)]
         lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
         longest = int(lengths.max(initial=2))
         width = longest if length is None else length
@@ -141,12 +138,7 @@ class Tokenizer(ABC):
         write_atomically(target / CONFIG_FILE, (json.dumps(config.model_dump(), indent=2) + "\n").encode())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "model": self._model,
-            "max_length": self.max_length,
-            "truncation": self.truncation,
-            "cache": self._cache_size,
-        }
+        return {"model": self._model, "max_length": self.max_length, "truncation": self.truncation}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -156,22 +148,6 @@ class Tokenizer(ABC):
             f"{type(self).__name__}(vocab_size={self.vocab_size}, max_length={self.max_length}, "
             f"truncation={self.truncation!r})"
         )
-
-    def _rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """Framed ids of each text, through the cache."""
-        if isinstance(texts, str):
-            raise ValueError("encode takes a list of texts, got one string: write encode([text])")
-        cache, size = self._cache, self._cache_size
-        if not size:
-            return [self._frame(ids) for ids in self._ids(texts)]
-        rows = {text: row for text in texts if (row := cache.get(text)) is not None}
-        if fresh := [text for text in dict.fromkeys(texts) if text not in rows]:
-            found = {text: self._frame(ids) for text, ids in zip(fresh, self._ids(fresh))}
-            rows |= found
-            cache |= found
-            while len(cache) > size:  # first in, first out: as good as recency for epochs over a set, and cheaper
-                cache.popitem(last=False)
-        return [rows[text] for text in texts]
 
     def _frame(self, ids: list[int]) -> list[int]:
         room = self.max_length - 2
@@ -188,8 +164,11 @@ class Tokenizer(ABC):
         segments = [part for row in parts for part in row if isinstance(part, str)]
         try:
             encoded = iter(self._sp.encode(segments, num_threads=1))
-        except UnicodeEncodeError as error:
-            raise ValueError(f"a text holds half a surrogate pair, which is no character: {error.object!r}") from None
+        except (TypeError, UnicodeEncodeError):  # which of the two depends on sentencepiece's version
+            broken = next((text for text in texts if any("\ud800" <= char <= "\udfff" for char in text)), None)
+            if broken is None:
+                raise
+            raise ValueError(f"a text holds half a surrogate pair, which is no character: {broken!r}") from None
         rows = []
         for row in parts:
             if len(row) == 1 and isinstance(row[0], str):

@@ -15,7 +15,7 @@ import sentencepiece
 from m2_ds.data.shards import open_dataset
 from m2_ds.data.text import DEFAULT_MAX_LENGTH, OWN_PIECES, SentencePieceTokenizer, Truncation, mark_words
 
-SMALLEST_VOCABULARY = 512  # 256 bytes, the control pieces, and room for an alphabet
+SMALLEST_VOCABULARY = 300  # 256 bytes, 5 control pieces, and room for an alphabet
 REPORT_TEXTS = 5000
 
 # Size of the seed vocabulary, and the share of it that each round of pruning keeps. The quick pair gives the same
