@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,8 @@ from typing import Any, Literal
 import psutil
 import tyro
 from peer import make_tars, model_folder
+
+from m2_ds.launch import train_command
 
 HERE = Path(__file__).resolve().parent
 Side = Literal["peer", "m2_ds"]
@@ -126,8 +127,9 @@ def our_rates(lines: Iterable[str]) -> list[float]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """This process's environment, with the number of threads set for every library that reads one."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    """This process's environment for a run on CPU with the given number of threads."""
+    count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return {**os.environ, **count, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def peer_command(
@@ -155,9 +157,6 @@ def peer_command(
 
 def our_command(options: Options, precision: Precision, layout: Layout, run: Path) -> list[str]:
     """m2_ds under the deepspeed launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     overrides = {
         "folder": run,
         "tokenizer": options.tokenizer,
@@ -171,13 +170,8 @@ def our_command(options: Options, precision: Precision, layout: Layout, run: Pat
         "checkpoint.every": 0,
         "log.every": 1,
     }
-    return [
-        str(Path(sys.executable).with_name("deepspeed")),
-        *("--num_accelerators", str(layout.processes), "--master_port", str(port)),
-        *("--module", "m2_ds.train", "--config", str(options.recipe)),
-        *(f"{name}={value}" for name, value in overrides.items()),
-        *options.override,
-    ]
+    overrides_given = [*(f"{name}={value}" for name, value in overrides.items()), *options.override]
+    return train_command(options.recipe, layout.processes, overrides_given)
 
 
 def watch(command: Sequence[str], threads: int, log: Path, output: Path, limit: float) -> list[float]:

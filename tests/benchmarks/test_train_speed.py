@@ -105,7 +105,7 @@ def test_both_commands_ask_for_the_same_work(tmp_path: Path) -> None:
     peer_text, our_text = " ".join(peer), " ".join(ours)
     assert "--train-num-samples 320 " in peer_text and "--batch-size 32 " in peer_text  # per process
     assert "{00000..00011}.tar" in peer_text and "--precision amp_bf16" in peer_text and "launch.py" in peer_text
-    assert "steps=5" in ours and "global_batch=64" in ours and "--num_accelerators 2" in our_text
+    assert "steps=5" in ours and "global_batch=64" in ours and "--num_gpus 2" in our_text
     assert "engine.precision=bf16" in ours
     alone = train_speed.peer_command(asked, "fp32", train_speed.Layout(1, 2), tmp_path, tmp_path, tmp_path / "a")
     assert "launch.py" not in " ".join(alone) and "open_clip_train.main" in alone
