@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from m2_ds.model.config import M2EncoderConfig
-from m2_ds.model.multiway import ALL_A, ALL_B, Multiway, MultiwayLayer, layer_norm
+from m2_ds.model.multiway import ALL_A, ALL_B, Multiway, MultiwayLayer, Packing, layer_norm
 from m2_ds.model.random import Noise
 from m2_ds.model.stem import ConvStem, PatchProjection
 
@@ -63,8 +63,12 @@ class Encoder(nn.Module):
         """[B, T, D] -> [B, T, D].
 
         ``valid`` (bool [B, T], None: all) marks real tokens: others enter as zeros and are never attended to.
-        ``attention_mask`` (bool [T, T] or [B, T, T], True: may attend) restricts further.
+        ``attention_mask`` (bool [T, T] or [B, T, T], True: may attend) restricts further. With neither split nor
+        restriction, padding is not computed at all on a CPU (a GPU would wait for the mask): its rows come back as zeros.
         """
+        if valid is not None and valid.device.type == "cpu" and attention_mask is None and split in (ALL_A, ALL_B):
+            packing = Packing.of(valid)
+            return packing.pad(self._layers_and_norm(packing.pack(x), split, valid[:, None, None, :], noise, packing))
         mask = None
         if valid is not None:
             x = x * valid[..., None].to(x.dtype)
@@ -72,8 +76,13 @@ class Encoder(nn.Module):
         if attention_mask is not None:
             allowed = attention_mask if attention_mask.dim() == 2 else attention_mask[:, None]
             mask = allowed if mask is None else mask & allowed
+        return self._layers_and_norm(x, split, mask, noise, None)
+
+    def _layers_and_norm(
+        self, x: Tensor, split: int, mask: Tensor | None, noise: Noise | None, packing: Packing | None
+    ) -> Tensor:
         for layer in self.layers:
-            x = self._run(layer, x, split, mask, noise)
+            x = self._run(layer, x, split, mask, noise, packing)
         return self.layer_norm(x, split)
 
     def _run(self, layer: nn.Module, *inputs: object) -> Tensor:
@@ -188,7 +197,7 @@ class M2Encoder(nn.Module):
         return encoder(x, ALL_A, noise=noise)
 
     def text_hidden(self, ids: Tensor, valid: Tensor | None, noise: Noise | None = None) -> Tensor:
-        """Backbone states [B, L, D] of captions. Rows beyond a caption's end are defined but mean nothing."""
+        """Backbone states [B, L, D] of captions; rows beyond a caption's end are zeros."""
         encoder = self.backbone.encoder
         x = encoder.add_positions(self.backbone.text_embed(ids), "B")
         return encoder(x, ALL_B, valid, noise)

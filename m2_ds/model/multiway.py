@@ -4,9 +4,13 @@ Source of every formula: the network of M2-Encoder (arXiv 2401.15896), Magneto's
 Legend: B samples, T tokens, D width, H heads, d = D / H.
 
 ``split`` says which branch a token takes: -1 all A, 0 all B, s > 0 the first s A and the rest B.
+
+Sequences of unequal length may run packed: x is [1, N, D], the N real tokens of all samples one after another, and only
+attention sees them padded (`Packing`).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +55,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Where the N real tokens of a padded [B, T] batch lie. ``rows``: int64 [N] into B T; ``sample``: int64 [N] into B."""
+
+    rows: Tensor
+    sample: Tensor
+    batch: int
+    length: int
+
+    @classmethod
+    def of(cls, valid: Tensor) -> "Packing":
+        """From a bool [B, T] mask. Reads the mask on the host."""
+        rows = valid.flatten().nonzero()[:, 0]
+        return cls(rows, rows // valid.shape[1], *valid.shape)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [1, N, ...]"""
+        return x.flatten(0, 1).index_select(0, self.rows)[None]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[1, N, ...] -> [B, T, ...], zeros at padding."""
+        out = x.new_zeros(self.batch * self.length, *x.shape[2:])
+        return out.index_copy(0, self.rows, x[0]).unflatten(0, (self.batch, self.length))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a LayerNorm over the concatenated heads before the output projection.
 
@@ -65,9 +94,12 @@ class Attention(nn.Module):
         self.inner_attn_ln = Multiway(lambda: layer_norm(width))
         self.out_proj = Multiway(lambda: nn.Linear(width, width))
 
-    def forward(self, x: Tensor, split: int, mask: Tensor | None) -> Tensor:
-        q, k, v = self.qkv_proj(x, split).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, split: int, mask: Tensor | None, packing: Packing | None = None) -> Tensor:
+        qkv = self.qkv_proj(x, split)
+        qkv = qkv if packing is None else packing.pad(qkv)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         a = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
+        a = a if packing is None else packing.pack(a)
         return self.out_proj(self.inner_attn_ln(a, split), split)
 
 
@@ -96,13 +128,26 @@ class MultiwayLayer(nn.Module):
         self.final_layer_norm = Multiway(lambda: layer_norm(config.hidden_size))  # the pre-FFN norm, in spite of its name
         self.ffn = Multiway(lambda: FeedForward(config))
 
-    def forward(self, x: Tensor, split: int, mask: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]. ``noise`` given: residual branches are dropped by sample at the layer's rate."""
-        x = self._residual(x, self.self_attn(self.self_attn_layer_norm(x, split), split, mask), noise, 0)
-        return self._residual(x, self.ffn(self.final_layer_norm(x, split), split), noise, 1)
+    def forward(
+        self,
+        x: Tensor,
+        split: int,
+        mask: Tensor | None = None,
+        noise: Noise | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D], or [1, N, D] with ``packing``.
 
-    def _residual(self, x: Tensor, branch: Tensor, noise: Noise | None, which: int) -> Tensor:
+        ``mask`` (bool, broadcast to [B, H, T, T], True: may attend). ``noise`` given: residual branches are dropped by
+        sample at the layer's rate.
+        """
+        attended = self.self_attn(self.self_attn_layer_norm(x, split), split, mask, packing)
+        x = self._residual(x, attended, noise, 0, packing)
+        return self._residual(x, self.ffn(self.final_layer_norm(x, split), split), noise, 1, packing)
+
+    def _residual(self, x: Tensor, branch: Tensor, noise: Noise | None, which: int, packing: Packing | None) -> Tensor:
         if noise is None or self.drop_path == 0.0:
             return x + branch
-        kept = noise.uniform(2 * self.index + which)[:, :, None] >= self.drop_path
+        kept = noise.uniform(2 * self.index + which) >= self.drop_path  # [B, 1]
+        kept = kept[:, :, None] if packing is None else kept[packing.sample][None]
         return x + branch * (kept.to(branch.dtype) / (1.0 - self.drop_path))

@@ -78,13 +78,13 @@ def init_weights(model: nn.Module, config: M2EncoderConfig, seed: int) -> None:
     """Fill every parameter as the reference does when it builds a model.
 
     Each canonical tensor is drawn by a generator of its own, seeded by (seed, name): the values do not depend on the
-    order of construction, so any parallel layout can draw the same ones.
+    order of construction, so any parallel layout can draw the same ones. (torch's CPU generator reads 32 bits of a seed.)
     """
     fan_ins = _fan_ins(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for canonical, piece in to_canonical(name, parameter):
-                generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(canonical.encode()))
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{canonical}".encode()))
                 value = torch.empty(piece.shape, dtype=torch.float32)
                 _initialiser(canonical, config, fan_ins.get(name, 0))(value, generator)
                 piece.copy_(value)
