@@ -35,7 +35,7 @@ class ZeroShotTask(_Task):
     classes: str = Field(description="file of class names (JSON, YAML or CSV), or one that ships: 'emoji_groups'")
     templates: dict[str, Path] = Field(
         default_factory=dict,
-        description="prompt templates by language (YAML list); a missing language takes what ships",
+        description="prompt templates by language (YAML list); a missing one takes what ships",
     )
 
 
