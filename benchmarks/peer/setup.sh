@@ -12,5 +12,5 @@ fi
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
 "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
     -r "$(dirname "${BASH_SOURCE[0]}")/requirements.txt"
-# With no compiler in play this takes seconds; it fails here rather than in the middle of a benchmark.
+# A broken environment fails here rather than in the middle of a benchmark.
 "$folder/bin/python" -c "import open_clip, open_clip_train.main, torch; print(f'peer ready: open_clip {open_clip.__version__}, torch {torch.__version__}')"
