@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from m2_ds.data.config import DataConfig
 from m2_ds.evaluation.config import EvaluationConfig
@@ -60,7 +60,9 @@ class CheckpointConfig(Settings):
 
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this many steps are kept for good; 0: none")
+    keep_every: int = Field(
+        0, ge=0, description="checkpoints at multiples of this many steps are kept for good; 0: none"
+    )
 
 
 class LogConfig(Settings):
@@ -77,7 +79,9 @@ class EngineConfig(Settings):
     """How the step is carried out."""
 
     deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="DeepSpeed JSON: ZeRO stage, offload, buckets")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and activations; the loss is fp32 always")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of weights and activations; the loss is fp32 always"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads a rank; None: cores / ranks of this machine")
     build_ops: bool = Field(False, description="let DeepSpeed compile its CPU ops at first use (needs g++, minutes)")
     timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the job")
@@ -90,7 +94,9 @@ class RunConfig(Settings):
     steps: int = Field(gt=0, description="optimizer steps of the whole run")
     global_batch: int = Field(gt=0, description="pairs an optimizer step, over all ranks")
     seed: int = Field(0, ge=0, lt=2**31)
-    init_from: Path | None = Field(None, description="weights to start from: a checkpoint, a canonical folder or a .ckpt")
+    init_from: Path | None = Field(
+        None, description="weights to start from: a checkpoint, a canonical folder or a .ckpt"
+    )
     tokenizer: Path = Field(description="tokenizer folder or sentencepiece .model file")
     model: M2EncoderConfig
     data: DataConfig
@@ -107,6 +113,14 @@ class RunConfig(Settings):
         if isinstance(value, dict) and "preset" in value:
             changes = dict(value)
             return M2EncoderConfig.preset(changes.pop("preset"), **changes)
+        return value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _same_image_size(cls, value: Any, info: ValidationInfo) -> Any:
+        """The model's, where the data block does not say."""
+        if isinstance(value, dict) and "image_size" not in value and "model" in info.data:
+            return {**value, "image_size": info.data["model"].image_size}
         return value
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from m2_ds.config import RunConfig, load_config
 
@@ -65,10 +66,11 @@ def train(config: RunConfig) -> None:
             write_atomically(config.folder / "config.yaml", config.to_yaml().encode())
             write_json(config.folder / "environment.json", describe(mesh))
         processor = Processor(config.model.image_size, tokenizer)
-        Trainer(
-            engine, config, mesh, tokenizer,
-            evaluate=lambda module, step: run_evaluations(module, processor, config.evaluation, group=mesh.data_parallel),
-        ).run()  # fmt: skip
+
+        def evaluate(module: Any) -> dict[str, float]:
+            return run_evaluations(module, processor, config.evaluation, group=mesh.data_parallel)
+
+        Trainer(engine, config, mesh, tokenizer, evaluate).run()
     finally:
         mesh.stop()
 

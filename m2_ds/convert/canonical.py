@@ -1,8 +1,8 @@
 """The canonical folder: unsharded safetensors under the release's names, config.json, tokenizer files beside them.
 
-    model.safetensors                        or  model-00001-of-00004.safetensors ... + model.safetensors.index.json
-    config.json                              fields of M2EncoderConfig
-    tokenizer_config.json, tokenizer.model   where the run had a tokenizer
+model.safetensors                        or  model-00001-of-00004.safetensors ... + model.safetensors.index.json
+config.json                              fields of M2EncoderConfig
+tokenizer_config.json, tokenizer.model   where the run had a tokenizer
 """
 
 import json
@@ -32,7 +32,11 @@ def write_weights(
     folder appear atomically is the caller's part.
     """
     shards = _plan(sizes, max_shard_bytes)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
     stream = iter(tensors)
     for file, members in zip(names, shards):
         held = {}

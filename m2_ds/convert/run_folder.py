@@ -1,10 +1,10 @@
 """Reading a run folder's checkpoints: which there are, whether they are whole, which to take.
 
-    checkpoints/step-00001000/
-      model/        canonical weights (fp32) with config.json and the tokenizer: what `m2_ds.load` reads
-      engine/       DeepSpeed's own files: optimizer, schedule, sharded weights
-      state.json    step, samples seen, layout
-      checksums.json   SHA-256 of every file above; written last
+checkpoints/step-00001000/
+  model/        canonical weights (fp32) with config.json and the tokenizer: what `m2_ds.load` reads
+  engine/       DeepSpeed's own files: optimizer, schedule, sharded weights
+  state.json    step, samples seen, layout
+  checksums.json   SHA-256 of every file above; written last
 """
 
 import json

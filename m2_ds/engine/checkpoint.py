@@ -32,7 +32,6 @@ from m2_ds.parallel.mesh import Mesh
 log = logging.getLogger(__name__)
 
 
-
 def save(engine: Any, folder: Path, step: int, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> Path:
     """Write ``folder/step-XXXXXXXX``; every rank calls it. Nothing of that name is visible before it is complete."""
     final = folder / f"step-{step:08}"

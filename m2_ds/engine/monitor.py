@@ -38,21 +38,23 @@ class Monitor:
         self.peak = config.log.peak_tflops or peak_tflops(mesh.device)
         self.sinks = _Sinks(config, start_step) if mesh.is_first else None
         self.skipped_in_all: Counter[str] = Counter()
-        self._reset()
+        self._reset(time.perf_counter())
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.sinks:
             self.sinks.close()
 
-    def _reset(self) -> None:
+    def _reset(self, now: float) -> None:
         self.results: list[StepResult] = []
         self.skipped: Counter[str] = Counter()
         self.operations = 0.0
         self.waited = 0.0
-        self.started = time.perf_counter()
+        self.started = now
 
     def add(self, step: int, batch: PairBatch, result: StepResult, waited: float) -> None:
         """Take in the result of step number ``step`` (from 0); write a log line where one is due."""
@@ -62,18 +64,19 @@ class Monitor:
         self.operations += self.flops(pairs, captions * pairs, length)
         self.waited += waited
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.config.steps:
-            self._write(step + 1)
-            self._reset()
+            self._reset(self._write(step + 1))
 
     def pause(self, seconds: float) -> None:
         """Leave out time that evaluation or a checkpoint took."""
         self.started += seconds
 
-    def _write(self, done: int) -> None:
+    def _write(self, done: int) -> float:
+        """Write the numbers of the steps since the last time; returns the clock at their end."""
         n, group = len(self.results), self.mesh.data_parallel
         sums = torch.stack([torch.cat([r.loss, r.count[None]]) for r in self.results]).sum(0)
         sums = all_reduce_sum(sums, group).cpu()  # waits for the device: the time below is the steps' own
-        seconds = time.perf_counter() - self.started
+        now = time.perf_counter()
+        seconds = now - self.started
         loss, count = sums[:-1], sums[-1]
         last = self.results[-1]
         by_level = loss.sum(1) / count.sum()
@@ -105,6 +108,7 @@ class Monitor:
                 f"the loss is {numbers['loss']} at step {done}. Lower optim.lr, lengthen optim.schedule.warmup_steps or set "
                 "optim.grad_clip, and start again from the last checkpoint"
             )
+        return now
 
     def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         if self.sinks:
@@ -165,9 +169,13 @@ class _Sinks:
 
 def _line(numbers: dict[str, Any]) -> str:
     parts = [f"loss {numbers['loss']:.3f}"]
-    parts += [f"{name.removeprefix('loss/')} {numbers[name]:.3f}" for name in numbers if name in _language_names(numbers)]
+    parts += [
+        f"{name.removeprefix('loss/')} {numbers[name]:.3f}" for name in numbers if name in _language_names(numbers)
+    ]
     parts += [f"{numbers['samples_per_s']:.0f} samples/s", f"wait {100 * numbers['data_wait_share']:.1f}%"]
-    parts += [f"{numbers['tflops'] * 1000:.0f} GFLOP/s" if numbers["tflops"] < 1 else f"{numbers['tflops']:.1f} TFLOP/s"]
+    parts += [
+        f"{numbers['tflops'] * 1000:.0f} GFLOP/s" if numbers["tflops"] < 1 else f"{numbers['tflops']:.1f} TFLOP/s"
+    ]
     if numbers["mfu"]:
         parts.append(f"MFU {100 * numbers['mfu']:.0f}%")
     scale = next(value for name, value in reversed(numbers.items()) if name.startswith("logit_scale/"))
@@ -201,7 +209,9 @@ def _start_wandb(config: RunConfig) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError("log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it") from None
+        raise ValueError(
+            "log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it"
+        ) from None
     return wandb.init(project=config.log.wandb_project, name=config.folder.name, config=config.model_dump(mode="json"))
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from typing import Any
 
 import deepspeed
@@ -35,7 +36,9 @@ def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"engine.deepspeed: no such file: {path} (paths are relative to where the job is started)") from None
+        raise ValueError(
+            f"engine.deepspeed: no such file: {path} (paths are relative to where the job is started)"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"engine.deepspeed: {path} is not JSON: {error}") from None
     for key in _OURS.keys() & given.keys():
@@ -84,3 +87,4 @@ def quiet() -> None:
     first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("m2_ds").setLevel(logging.INFO if first else logging.WARNING)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

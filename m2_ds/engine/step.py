@@ -56,7 +56,9 @@ class ContrastiveStep:
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         scales = torch.stack([level.logit_scale.detach().float().exp().reshape(()) for level in levels])
-        return StepResult(*self._by_language(loss.by_pair, batch.language), scales, float("nan") if norm is None else norm)
+        return StepResult(
+            *self._by_language(loss.by_pair, batch.language), scales, float("nan") if norm is None else norm
+        )
 
     @property
     def level_names(self) -> list[str]:

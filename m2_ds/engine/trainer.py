@@ -17,7 +17,7 @@ from m2_ds.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[Any, int], dict[str, float]]
+Evaluate = Callable[[Any], dict[str, float]]
 
 
 class Trainer:
@@ -71,7 +71,7 @@ class Trainer:
         every = config.evaluation.every
         if config.evaluation.tasks and (last or (every and done % every == 0)):
             self.engine.eval()
-            results = self.evaluate(self.engine.module, done)
+            results = self.evaluate(self.engine.module)
             self.engine.train()
             if self.mesh.is_first:
                 folder = config.folder / "evaluation"

@@ -87,7 +87,11 @@ def contrastive_loss(
     weights = by_pair.new_tensor([level.weight for level in levels])
     value = (weights @ by_pair.mean(1)).mean()
     total = _WithGradient.apply(
-        value, gradient * group.size, [d * group.size for d in d_scales], packed, *[level.logit_scale for level in levels]
+        value,
+        gradient * group.size,
+        [d * group.size for d in d_scales],
+        packed,
+        *[level.logit_scale for level in levels],
     )
     return ContrastiveLoss(total, by_pair)
 

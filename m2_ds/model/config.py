@@ -31,6 +31,11 @@ class M2EncoderConfig(Settings):
     stem_depth: int = Field(1, gt=0, description="3x3 convolutions a stage of the conv stem")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last layer, rising from 0; training")
     patch_drop: float = Field(0.0, ge=0, lt=1, description="share of patches left out of a training forward (FLIP)")
+    position_std: float = Field(
+        1.0,
+        gt=0,
+        description="standard deviation of the position tables' initial values; the reference draws from N(0, 1)",
+    )
     recompute: RecomputePolicy = Field(
         "none", description="activation checkpointing: none, selective (keep matrix products), full (keep layer inputs)"
     )
@@ -100,12 +105,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "10b": {"hidden_size": 4096, "num_heads": 32, "num_layers": 21, "embed_dim": 1024},
     "tiny": {
         **_TINY,
-        **{"hidden_size": 192, "num_heads": 3, "num_layers": 6, "num_vl_layers": 2, "embed_dim": 192},
-        **{"image_size": 48, "patch_size": 8},
+        "hidden_size": 192,
+        "num_heads": 3,
+        "num_layers": 6,
+        "num_vl_layers": 2,
+        "embed_dim": 192,
+        "image_size": 48,
+        "patch_size": 8,
     },
     "test": {
         **_TINY,
-        **{"hidden_size": 32, "num_heads": 4, "num_layers": 2, "num_vl_layers": 1, "embed_dim": 32},
-        **{"image_size": 32, "patch_size": 8, "vocab_size": 600},
+        "hidden_size": 32,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_vl_layers": 1,
+        "embed_dim": 32,
+        "image_size": 32,
+        "patch_size": 8,
+        "vocab_size": 600,
     },
 }

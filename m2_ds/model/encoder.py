@@ -4,11 +4,10 @@ Legend: B pictures or captions, S image side, P patches, L text tokens, T tokens
 Module and parameter names are the release's own (m2_ds.model.weights says where the inside differs).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from m2_ds.model.config import M2EncoderConfig
@@ -46,7 +45,7 @@ class Encoder(nn.Module):
 
     def add_positions(self, x: Tensor, branch: str) -> Tensor:
         """[B, T, D] plus rows 2 .. T + 1 of the branch's table."""
-        table = self.embed_positions[branch]
+        table = cast(nn.Embedding, self.embed_positions[branch])
         available = table.num_embeddings - POSITION_OFFSET
         if x.shape[1] > available:
             raise ValueError(f"a sequence of {x.shape[1]} tokens does not fit the position table of {available} rows")
@@ -89,7 +88,7 @@ class Encoder(nn.Module):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return layer(*inputs)
         # Every random decision is a function of its inputs, so no generator state needs to be kept.
-        options: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": False}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if self.recompute == "selective":
             options["context_fn"] = _keep_matrix_products
         return checkpoint(layer, *inputs, **options)

@@ -125,7 +125,9 @@ class MultiwayLayer(nn.Module):
         self.drop_path = drop_path
         self.self_attn_layer_norm = Multiway(lambda: layer_norm(config.hidden_size))
         self.self_attn = Attention(config)
-        self.final_layer_norm = Multiway(lambda: layer_norm(config.hidden_size))  # the pre-FFN norm, in spite of its name
+        self.final_layer_norm = Multiway(
+            lambda: layer_norm(config.hidden_size)
+        )  # the pre-FFN norm, in spite of its name
         self.ffn = Multiway(lambda: FeedForward(config))
 
     def forward(

@@ -71,14 +71,15 @@ def register_canonical_names(model: nn.Module) -> None:
     model.register_load_state_dict_pre_hook(before_load)
 
 
-# -- initial values -------------------------------------------------------------------------------------------------------
+# -- initial values ---------------------------------------------------------------------------------------------------
 
 
 def init_weights(model: nn.Module, config: M2EncoderConfig, seed: int) -> None:
     """Fill every parameter as the reference does when it builds a model.
 
     Each canonical tensor is drawn by a generator of its own, seeded by (seed, name): the values do not depend on the
-    order of construction, so any parallel layout can draw the same ones. (torch's CPU generator reads 32 bits of a seed.)
+    order of construction, so any parallel layout can draw the same ones.
+    (torch's CPU generator reads 32 bits of a seed: hence a checksum of both.)
     """
     fan_ins = _fan_ins(model)
     with torch.no_grad():
@@ -112,7 +113,7 @@ def _initialiser(name: str, config: M2EncoderConfig, fan_in: int) -> Callable[[T
     if name.endswith("text_embed.weight"):
         return lambda x, g: x.normal_(0, config.hidden_size**-0.5, generator=g)
     if "embed_positions" in name:
-        return lambda x, g: x.normal_(0, 1, generator=g)
+        return lambda x, g: x.normal_(0, config.position_std, generator=g)
     if name.endswith(("cls_token", "mask_token")):
         return lambda x, _: x.zero_()
     if fan_in:
@@ -138,7 +139,7 @@ def freeze_unused(model: nn.Module) -> list[str]:
     return frozen
 
 
-# -- loading ---------------------------------------------------------------------------------------------------------------
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
 def resize_positions(table: Tensor, num_patches: int) -> Tensor:
@@ -161,7 +162,11 @@ def resize_positions(table: Tensor, num_patches: int) -> Tensor:
 
 
 def load_weights(
-    model: nn.Module, config: M2EncoderConfig, state: Mapping[str, Tensor], where: str, tell: Callable[[str], object] = print
+    model: nn.Module,
+    config: M2EncoderConfig,
+    state: Mapping[str, Tensor],
+    where: str,
+    tell: Callable[[str], object] = print,
 ) -> None:
     """Load a canonical state dict, resizing vision positions where the grid differs (and saying so through ``tell``).
 

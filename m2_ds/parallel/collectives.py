@@ -7,7 +7,6 @@ from torch import Tensor
 
 from m2_ds.parallel.mesh import Group
 
-
 T = TypeVar("T")
 
 

@@ -4,13 +4,12 @@ Today every rank is a data-parallel rank; tensor, pipeline and contrast groups a
 """
 
 import datetime
+import importlib
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -93,6 +92,5 @@ def _single_process_environment() -> dict[str, str]:
 
 def _use_plain_gloo() -> None:
     # DeepSpeed's CPU backend compiles this op unconditionally; without it, it falls back to torch.distributed.
-    import deepspeed.comm.torch as deepspeed_torch
-
-    cast(Any, deepspeed_torch).build_shm_op = cast(Callable[[], None], lambda: None)
+    # (`import deepspeed.comm.torch as ...` would give torch itself: the package has an attribute of that name.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]

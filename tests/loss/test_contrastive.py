@@ -11,7 +11,9 @@ from m2_ds.parallel.mesh import SOLO
 REPEATS = ["positive", "exclude", "negative"]
 
 
-def reference(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, groups: torch.Tensor, repeats: str) -> torch.Tensor:
+def reference(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, groups: torch.Tensor, repeats: str
+) -> torch.Tensor:
     """Mean of both directions' cross entropy, written plainly."""
     logits = scale.exp() * image @ text.T
     same, eye = groups[:, None] == groups, torch.eye(len(groups), dtype=torch.bool)
@@ -44,7 +46,8 @@ def test_equals_autograd_on_the_full_matrix(repeats: str, captions: int) -> None
     raw, scales, groups = random_problem(captions, 14, captions)
     levels = levels_of(raw, scales, captions)
     want_loss = sum(
-        level.weight * torch.stack([reference(level.image, t, level.logit_scale, groups, repeats) for t in level.text]).mean()
+        level.weight
+        * torch.stack([reference(level.image, t, level.logit_scale, groups, repeats) for t in level.text]).mean()
         for level in levels
     )
     want = torch.autograd.grad(want_loss, raw + scales, retain_graph=True)

@@ -1,0 +1,41 @@
+"""Starting the training job on this machine through the deepspeed launcher, as a user would type it."""
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def ranks_of_this_machine() -> int:
+    """One rank a GPU; without one, one rank a core (two single-thread ranks beat one rank of two threads)."""
+    import torch
+
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def train_command(recipe: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
+    return [*launcher, "--module", "m2_ds.train", "--config", str(recipe), *overrides]
+
+
+def train(recipe: Path, ranks: int | None, overrides: Sequence[str]) -> int:
+    """Run the job to its end; returns its exit code. ``ranks`` None: as many as this machine is good for."""
+    command = train_command(recipe, ranks or ranks_of_this_machine(), overrides)
+    print("$", shlex.join(["deepspeed", *command[3:]]), flush=True)
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", "1")  # engine.threads sets torch's own
+    if no_gpu():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    return subprocess.run(command, env=environment).returncode
+
+
+def no_gpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
