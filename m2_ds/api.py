@@ -34,7 +34,7 @@ class Processor:
         """Captions -> ids int64 [B, L] and mask int64 [B, L] (1 token, 0 padding), L the longest of them."""
         if self.tokenizer is None:
             raise ValueError(
-                "this model came without a tokenizer. Put tokenizer.model (the release's sentencepiece file, or the one "
+                "this model came without a tokenizer. Put tokenizer.model (the release's sentencepiece file or the one "
                 "that the model was trained with) beside its weights, or set "
                 "processor.tokenizer = m2_ds.data.text.load_tokenizer(path)"
             )

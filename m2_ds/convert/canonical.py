@@ -28,8 +28,8 @@ def write_weights(
 ) -> None:
     """Write named tensors as safetensors shards, holding one shard in memory at a time.
 
-    ``sizes``: bytes of every tensor, in the order in which ``tensors`` yields them. Files are synced to disk; making the
-    folder appear atomically is the caller's part.
+    ``sizes``: bytes of every tensor, in the order in which ``tensors`` yields them. Files are synced to disk; making
+    the folder appear atomically is the caller's part.
     """
     shards = _plan(sizes, max_shard_bytes)
     names = (

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the reference release: a pickle in one of its layouts, with the release's config JSON beside it."""
+"""Reading checkpoints of the reference release: a pickle in one of its layouts, its config JSON beside it."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ _PREFIX = "_forward_module."
 
 
 def read_release(path: Path) -> dict[str, Tensor]:
-    """The canonical state dict in a release ``.ckpt``: Lightning (``state_dict``), DeepSpeed (``module``), ``model`` or bare.
+    """The canonical state dict in a ``.ckpt``: Lightning (``state_dict``), DeepSpeed (``module``), ``model`` or bare.
 
     Prefixes are stripped and a visual tokenizer's weights dropped; nothing is resized here. Only tensors and plain
     containers are unpickled. Raises ValueError that names the file.

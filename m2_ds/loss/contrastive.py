@@ -143,7 +143,7 @@ def _gradients(
     half = 0.5 / len(everyone)
     d_row = half * ((stat.row - stat.row_lse[:, None]).exp() + (stat.row - all_col_lse).exp() - 2 * stat.target)
     d_col = half * ((stat.col - stat.col_lse[:, None]).exp() + (stat.col - all_row_lse).exp() - 2 * stat.target)
-    # Own pictures' rows over all ranks cover every S_ij once, so summing them over the group gives the scale's gradient.
+    # Own pictures' rows over all ranks cover every S_ij once: their sum over the group is the scale's gradient.
     d_scale = (d_row * stat.row.masked_fill(stat.row == -torch.inf, 0)).sum()
     return scale * (d_row @ everyone[:, text]), scale * (d_col @ everyone[:, image]), d_scale
 

@@ -68,7 +68,7 @@ class M2EncoderConfig(Settings):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "M2EncoderConfig":
-        """A named size with fields changed, e.g. ``preset("1b", image_size=384)``. Raises ValueError on unknown names."""
+        """A named size with fields changed, e.g. ``preset("1b", image_size=384)``; ValueError on unknown names."""
         if name not in PRESETS:
             raise ValueError(f"unknown model preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

@@ -63,7 +63,7 @@ class Encoder(nn.Module):
 
         ``valid`` (bool [B, T], None: all) marks real tokens: others enter as zeros and are never attended to.
         ``attention_mask`` (bool [T, T] or [B, T, T], True: may attend) restricts further. With neither split nor
-        restriction, padding is not computed at all on a CPU (a GPU would wait for the mask): its rows come back as zeros.
+        restriction, a CPU does not compute padding at all (a GPU would wait for the mask): its rows are zeros.
         """
         if valid is not None and valid.device.type == "cpu" and attention_mask is None and split in (ALL_A, ALL_B):
             packing = Packing.of(valid)
@@ -163,7 +163,7 @@ class Pooler(nn.Module):
 
 
 class M2Encoder(nn.Module):
-    """Bilingual image-text encoder. ``encode_image`` and ``encode_text`` give the embeddings, ``forward`` both levels."""
+    """Bilingual image-text encoder. ``encode_image``, ``encode_text`` give the embeddings, ``forward`` both levels."""
 
     def __init__(self, config: M2EncoderConfig) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class M2Encoder(nn.Module):
         return self.image_features(images).vl
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Embeddings [B, E], unit length, of captions ``ids`` int64 [B, L] with ``mask`` [B, L] (1 token, 0 padding)."""
+        """Embeddings [B, E], unit length, of captions ``ids`` int64 [B, L], ``mask`` [B, L] (1 token, 0 padding)."""
         return self.text_features(ids, mask).vl
 
     # -- both ---------------------------------------------------------------------------------------------------------

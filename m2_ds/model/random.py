@@ -1,8 +1,8 @@
 """Random decisions inside the network as a pure function of (seed, sample, layer): no generator, no hidden state.
 
 A sample carries a 64-bit key made of the run's seed and its place in the global stream. Every decision about it hashes
-that key with the number of the decision, so numbers are equal for any number of ranks, in a repeated forward (activation
-checkpointing, the two passes of an accumulated step) and after a restart. Legend: B samples.
+that key with the number of the decision, so numbers are equal for any number of ranks, in a repeated forward
+(activation checkpointing, the two passes of an accumulated step) and after a restart. Legend: B samples.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Names, initial values and loading of weights.
 
-The state dict speaks the release's names. Inside, q, k and v of a branch are one parameter and logit scales have shape [1];
+The state dict speaks the release's names. Inside, q, k, v of a branch are one parameter and logit scales have shape [1];
 `to_canonical` and `from_canonical` are the only places that know.
 """
 

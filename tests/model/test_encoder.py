@@ -104,7 +104,7 @@ def test_drop_path_keeps_the_expected_share() -> None:
     keys = Noise.of(0, torch.arange(20_000))
     for decision in (0, 1, 7):
         u = keys.uniform(decision)
-        assert 0 <= u.min() and u.max() < 1
+        assert u.min() >= 0 and u.max() < 1
         assert (u < 0.3).float().mean().item() == pytest.approx(0.3, abs=0.015)
     a, b = keys.uniform(0)[:, 0], keys.uniform(1)[:, 0]
     assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.03

@@ -47,7 +47,10 @@ def variant(request: pytest.FixtureRequest) -> str:
 @torch.no_grad()
 def test_embeddings_fp32(variant: str) -> None:
     model = build(variant, torch.float32)
-    inputs, want = load_file(GOLDENS / variant / "inputs.safetensors"), load_file(GOLDENS / variant / "outputs.safetensors")
+    inputs, want = (
+        load_file(GOLDENS / variant / "inputs.safetensors"),
+        load_file(GOLDENS / variant / "outputs.safetensors"),
+    )
     image = model.image_features(inputs["image"])
     text = model.text_features(inputs["text_ids"], inputs["text_masks"])
     assert_close(image.unimodal, want["image.cls_feats"], **EMBEDDING)
@@ -63,7 +66,10 @@ def test_embeddings_fp32(variant: str) -> None:
 @torch.no_grad()
 def test_hidden_states_fp32() -> None:
     model = build("variant_a", torch.float32)
-    inputs, want = load_file(GOLDENS / "variant_a/inputs.safetensors"), load_file(GOLDENS / "variant_a/outputs.safetensors")
+    inputs, want = (
+        load_file(GOLDENS / "variant_a/inputs.safetensors"),
+        load_file(GOLDENS / "variant_a/outputs.safetensors"),
+    )
     seen = {}
     for stack, name in ((model.backbone.encoder, "backbone"), (model.backbone_vl, "vl")):
         for i, layer in enumerate(stack.layers):
@@ -87,7 +93,10 @@ def test_hidden_states_fp32() -> None:
 @torch.no_grad()
 def test_everything_fp64() -> None:
     model = build("variant_a", torch.float64)
-    inputs, want = load_file(GOLDENS / "variant_a/inputs.safetensors"), load_file(GOLDENS / "variant_a/outputs_fp64.safetensors")
+    inputs, want = (
+        load_file(GOLDENS / "variant_a/inputs.safetensors"),
+        load_file(GOLDENS / "variant_a/outputs_fp64.safetensors"),
+    )
     images = inputs["image"].double()
     valid = inputs["text_masks"].bool()
     image, text = model.image_features(images), model.text_features(inputs["text_ids"], inputs["text_masks"])
@@ -144,7 +153,10 @@ def test_load_release_checkpoint(layout: str, tmp_path: Path) -> None:
     shutil.copy(GOLDENS / "variant_a" / layout, tmp_path / "m2.ckpt")
     shutil.copy(GOLDENS / "variant_a/config.json", tmp_path / "m2.json")
     model, processor = m2_ds.load(tmp_path / "m2.ckpt")
-    inputs, want = load_file(GOLDENS / "variant_a/inputs.safetensors"), load_file(GOLDENS / "variant_a/outputs.safetensors")
+    inputs, want = (
+        load_file(GOLDENS / "variant_a/inputs.safetensors"),
+        load_file(GOLDENS / "variant_a/outputs.safetensors"),
+    )
     assert_close(model.encode_image(inputs["image_uint8"]), want["image.cls_vlffn_feats"], **EMBEDDING)
     assert_close(model.encode_text(inputs["text_ids"], inputs["text_masks"]), want["text.cls_vlffn_feats"], **EMBEDDING)
     with pytest.raises(ValueError, match="without a tokenizer"):
@@ -164,7 +176,9 @@ def test_state_dict_round_trip() -> None:
     weights = load_file(GOLDENS / "variant_a/weights.safetensors")
     state = model.state_dict()
     assert state.keys() == weights.keys()
-    assert all(torch.equal(state[name], tensor) and state[name].shape == tensor.shape for name, tensor in weights.items())
+    assert all(
+        torch.equal(state[name], tensor) and state[name].shape == tensor.shape for name, tensor in weights.items()
+    )
     other = M2Encoder(model.config)
     other.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
@@ -173,6 +187,4 @@ def test_state_dict_round_trip() -> None:
 def test_processor_resizes_as_the_release() -> None:
     inputs = load_file(GOLDENS / "variant_real/inputs.safetensors")
     picture = Image.fromarray(inputs["image_decoded_uint8_hwc"].numpy())
-    assert torch.equal(
-        Processor(64, None).images([picture])[0].permute(1, 2, 0), inputs["image_resized_uint8_hwc"]
-    )
+    assert torch.equal(Processor(64, None).images([picture])[0].permute(1, 2, 0), inputs["image_resized_uint8_hwc"])

@@ -71,7 +71,9 @@ def test_larger_table_is_resized_and_told() -> None:
     init_weights(source, large, 0)
     target, told = M2Encoder(small), []
     load_weights(target, small, source.state_dict(), "somewhere", told.append)
-    assert torch.equal(target.state_dict()[VISION_POSITIONS], resize_positions(source.state_dict()[VISION_POSITIONS], 16))
+    assert torch.equal(
+        target.state_dict()[VISION_POSITIONS], resize_positions(source.state_dict()[VISION_POSITIONS], 16)
+    )
     assert len(told) == 1 and "from 67 to 19 rows" in told[0]
 
 
