@@ -3,7 +3,6 @@
 Files are memory-mapped; what is cached are decoded row groups, the least recently used leaving first.
 """
 
-import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from m2_ds.data.records import SCHEMA, SCHEMA_VERSION, Caption, HardNegative, Manifest, Record, SplitInfo
+from m2_ds.files import sha256
 
 DEFAULT_CACHE_BYTES = 256 << 20
 _PLAIN = [name for name in SCHEMA.names if name not in ("image", "captions", "hard_negatives")]
@@ -176,8 +176,7 @@ class Dataset:
         shards = 0
         for name in self.splits:
             for shard in self.split(name).info.shards:
-                with open(self.folder / shard.file, "rb") as handle:
-                    found = hashlib.file_digest(handle, "sha256").hexdigest()
+                found = sha256(self.folder / shard.file)
                 if found != shard.sha256:
                     raise ValueError(
                         f"{self.folder / shard.file}: checksum {found[:12]}... is not the manifest's "

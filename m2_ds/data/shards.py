@@ -8,7 +8,6 @@ A shard is written aside, synced and renamed; the manifest comes last. A folder 
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -29,6 +28,7 @@ from m2_ds.data.records import (
     ShardInfo,
     SplitInfo,
 )
+from m2_ds.files import publish, sha256, write_atomically
 
 __all__ = [
     "SCHEMA",
@@ -45,30 +45,6 @@ __all__ = [
     "open_dataset",
     "write_atomically",
 ]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all: aside, synced, renamed, folder synced."""
-    aside = path.with_name(f".{path.name}.part")
-    with open(aside, "wb") as handle:
-        handle.write(content)
-    _publish(aside, path)
-
-
-def _publish(aside: Path, path: Path) -> None:
-    with open(aside, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _check(record: Record) -> None:
@@ -135,13 +111,13 @@ class _OpenShard:
     def close(self) -> ShardInfo:
         self.flush()
         self.writer.close()
-        _publish(self.aside, self.path)
+        publish(self.aside, self.path)
         return ShardInfo(
             file=self.relative,
             rows=sum(self.row_groups),
             row_groups=self.row_groups,
             bytes=self.path.stat().st_size,
-            sha256=_sha256(self.path),
+            sha256=sha256(self.path),
         )
 
     def abandon(self) -> None:
@@ -167,7 +143,7 @@ class ShardWriter:
         *,
         overwrite: bool = False,
         group_rows: int = 256,
-        group_bytes: int = 8 << 20,
+        group_bytes: int = 4 << 20,
         shard_bytes: int = 256 << 20,
     ) -> None:
         self.folder, self.name = Path(folder), name
