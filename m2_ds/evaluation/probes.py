@@ -32,7 +32,7 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class ProbePairs:
-    """Pairs of one language: `texts` [U], and int64 [P] each: the picture, its true caption's row, the negative's row."""
+    """Pairs of one language: `texts` [U], and of each pair the picture and the two captions' rows in it (int64 [P])."""
 
     texts: list[str]
     picture: Tensor

@@ -53,7 +53,7 @@ class ZeroShotResult:
 def load_classes(source: str | Path) -> Classes:
     """Class names from a file, or a list that ships ('emoji_groups').
 
-    JSON and YAML: `{id: {language: name or [names]}}`. CSV: a column `id` and one a language, synonyms separated by `|`.
+    JSON and YAML: `{id: {language: name or [names]}}`. CSV: a column `id` and one a language, synonyms between `|`.
     Raises ValueError that names the file and class.
     """
     path = Path(source)
@@ -112,13 +112,13 @@ def class_features(
 
 
 def probabilities(image: Tensor, classes: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """softmax(exp(logit_scale) image classes^T) [N, K], as the release computes them; logit_scale as the model holds it."""
+    """softmax(exp(logit_scale) image classes^T) [N, K], as the release does; logit_scale as the model holds it."""
     scale = torch.as_tensor(logit_scale).detach().float().cpu().exp()
     return torch.softmax(scale * image.float() @ classes.float().T, dim=1)
 
 
 def classify(image: Tensor, classes: Tensor, labels: Tensor, ids: Sequence[str]) -> ZeroShotResult:
-    """Accuracy of image [N, E] against classes [K, E], labels int64 [N]. Equal scores share the chance, as in retrieval."""
+    """Accuracy of image [N, E] against classes [K, E], labels int64 [N]. Equal scores share the chance."""
     scores = image.float() @ classes.float().T
     if not bool(scores.isfinite().all()):
         raise ValueError("the embeddings hold NaN or infinity: the weights they came from have diverged")
