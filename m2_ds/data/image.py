@@ -114,6 +114,8 @@ class EvalTransform:
 (_BRIGHT, _CONTRAST, _SATURATION, _HUE, _GRAY) = range(12, 17)
 (_ERASE, _ERASE_AREA, _ERASE_RATIO, _ERASE_X, _ERASE_Y, _RED, _GREEN, _BLUE) = range(17, 25)
 _DRAWS = 25
+# Numbers that colour arithmetic works on at a time: few enough to stay in the processor's cache.
+_CHUNK = 1 << 16
 
 
 def _between(u: float, bounds: tuple[float, float]) -> float:
@@ -157,21 +159,30 @@ class TrainTransform:
         return lambda width, height: min(1.0, max(side / (width * crop_width), side / (height * crop_height)))
 
     def __call__(self, pixels: np.ndarray, draw: np.ndarray) -> Tensor:
-        """Pixels uint8 [H, W, 3] and the draw of one picture [K] -> uint8 [3, S, S]."""
-        config = self.config
+        """One picture, pixels uint8 [H, W, 3] with its draw [K], to the end: uint8 [3, S, S]."""
+        return self.finish(self.geometry(pixels, draw)[None], draw[None])[0]
+
+    def geometry(self, pixels: np.ndarray, draw: np.ndarray) -> Tensor:
+        """Crop, warp and flip of one picture, pixels uint8 [H, W, 3] with its draw [K] -> uint8 [3, S, S]."""
         box = self._crop(draw)
-        flip = draw[_FLIP] < config.flip
-        if self._affine and draw[_AFFINE] < config.affine:
-            out = self._warp(pixels, box, flip, draw)
-        else:
-            out = self._resize(pixels, box)
-            if flip:
-                out = out.flip(-1)
+        flip = draw[_FLIP] < self.config.flip
+        if self._affine and draw[_AFFINE] < self.config.affine:
+            return self._warp(pixels, box, flip, draw)
+        out = self._resize(pixels, box)
+        return out.flip(-1) if flip else out
+
+    def finish(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        """Colour and erasing of a batch uint8 [N, 3, S, S] with draws [N, K], in place.
+
+        Only elementwise arithmetic and whole-number sums: a picture comes out the same in any batch.
+        """
         if self._colour:
-            out = self._recolour(out, draw)
-        if draw[_ERASE] < config.erase:
-            out = self._erased(out, draw)
-        return out
+            chunk = max(1, _CHUNK // images[0].numel())
+            for first in range(0, len(images), chunk):
+                self._recolour(images[first : first + chunk], draws[first : first + chunk])
+        for number in np.flatnonzero(draws[:, _ERASE] < self.config.erase).tolist():
+            self._erase(images[number], draws[number])
+        return images
 
     def _resize(self, pixels: np.ndarray, box: tuple[float, float, float, float]) -> Tensor:
         height, width = pixels.shape[:2]
@@ -184,56 +195,64 @@ class TrainTransform:
 
     def _warp(self, pixels: np.ndarray, box: tuple[float, float, float, float], flip: bool, draw: np.ndarray) -> Tensor:
         config, size = self.config, self.size
-        height, width = pixels.shape[:2]
+        left, top, crop_width, crop_height = box
         zoom = _between_log(draw[_ZOOM], config.scale)
         angle = math.radians(_between(draw[_ANGLE], (-config.degrees, config.degrees)))
         shear_x = math.tan(math.radians(_between(draw[_SHEAR_X], (-config.shear, config.shear))))
         shear_y = math.tan(math.radians(_between(draw[_SHEAR_Y], (-config.shear, config.shear))))
-        cos, sin = math.cos(angle), math.sin(angle)
-        forward = zoom * np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, shear_x], [shear_y, 1.0]])
-        if flip:
-            forward = forward @ np.diag([-1.0, 1.0])
-        shift = np.array([_between(draw[k], (-config.translate, config.translate)) for k in (_SHIFT_X, _SHIFT_Y)])
-        # Target point t in [-1/2, 1/2]^2 shows crop point inverse (t - shift); then to pixels of the source.
-        inverse = np.linalg.inv(forward)
+        shift_x = _between(draw[_SHIFT_X], (-config.translate, config.translate))
+        shift_y = _between(draw[_SHIFT_Y], (-config.translate, config.translate))
+        # Forward, points of the crop in [-1/2, 1/2]^2 to the target's: rotation x shear x mirror, times zoom, + shift.
+        cos, sin, mirror = zoom * math.cos(angle), zoom * math.sin(angle), -1.0 if flip else 1.0
+        a, b = mirror * (cos - sin * shear_y), cos * shear_x - sin
+        c, d = mirror * (sin + cos * shear_y), sin * shear_x + cos
+        det = a * d - b * c
+        a, b, c, d = d / det, -b / det, -c / det, a / det
         picture = Image.fromarray(pixels)
-        # An affine transform does not low-pass: shrink by whole factors first, as far as nothing is lost.
-        coarse = int(min(box[2] * width, box[3] * height) / (size * max(zoom, 1e-6)))
-        if coarse >= 2:
-            picture = picture.reduce(coarse)
-        sides = np.array([box[2] * picture.width, box[3] * picture.height])
-        corner = np.array([box[0] * picture.width, box[1] * picture.height])
-        matrix = sides[:, None] * inverse / size
-        offset = corner + sides * (0.5 - inverse @ (0.5 + shift))
-        picture = picture.transform(
-            (size, size),
-            Image.Transform.AFFINE,
-            (*matrix[0], offset[0], *matrix[1], offset[1]),
-            Image.Resampling.BICUBIC,
-            fillcolor=config.fill,
+        # An affine transform does not low-pass: shrink by whole factors first, as far as no detail is lost.
+        shrink = min(crop_width * picture.width, crop_height * picture.height) / (size * zoom)
+        if shrink >= 2:
+            picture = picture.reduce(int(shrink))
+        width, height = crop_width * picture.width, crop_height * picture.height
+        matrix = (
+            width * a / size,
+            width * b / size,
+            left * picture.width + width * (0.5 - a * (0.5 + shift_x) - b * (0.5 + shift_y)),
+            height * c / size,
+            height * d / size,
+            top * picture.height + height * (0.5 - c * (0.5 + shift_x) - d * (0.5 + shift_y)),
         )
-        return to_tensor(picture)
+        # What is left of the shrinking suits bilinear weights, which take half the time; enlarging wants bicubic ones.
+        how = Image.Resampling.BILINEAR if shrink >= 1 else Image.Resampling.BICUBIC
+        return to_tensor(picture.transform((size, size), Image.Transform.AFFINE, matrix, how, fillcolor=config.fill))
 
-    def _recolour(self, picture: Tensor, draw: np.ndarray) -> Tensor:
-        """Brightness, contrast, saturation, hue and loss of colour as one 3 x 3 matrix and one offset."""
+    def _recolour(self, images: Tensor, draws: np.ndarray) -> None:
+        """Brightness, contrast, saturation, hue and loss of colour: one 3 x 3 matrix and one offset a picture."""
         config = self.config
-        brightness = 1 + config.brightness * (2 * draw[_BRIGHT] - 1)
-        contrast = 1 + config.contrast * (2 * draw[_CONTRAST] - 1)
-        saturation = 1 + config.saturation * (2 * draw[_SATURATION] - 1)
-        if draw[_GRAY] < config.grayscale:
-            saturation = 0.0
-        turn = 2 * math.pi * config.hue * (2 * draw[_HUE] - 1)
-        colour = saturation * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-        matrix = np.eye(3)
-        matrix[1:, 1:] = colour
-        matrix = contrast * brightness * (_RGB @ matrix @ _YIQ)
-        values = picture.flatten(1).float()
+        brightness = 1 + config.brightness * (2 * draws[:, _BRIGHT] - 1)
+        contrast = 1 + config.contrast * (2 * draws[:, _CONTRAST] - 1)
+        saturation = 1 + config.saturation * (2 * draws[:, _SATURATION] - 1)
+        saturation[draws[:, _GRAY] < config.grayscale] = 0.0
+        turn = 2 * math.pi * config.hue * (2 * draws[:, _HUE] - 1)
+        plane = np.zeros((len(draws), 3, 3))
+        plane[:, 0, 0] = 1
+        plane[:, 1, 1] = plane[:, 2, 2] = saturation * np.cos(turn)
+        plane[:, 2, 1] = saturation * np.sin(turn)
+        plane[:, 1, 2] = -plane[:, 2, 1]
+        matrices = (contrast * brightness)[:, None, None] * (_RGB @ plane @ _YIQ)
         # Saturation and hue leave grey as it is, so the offset of contrast is the same in every channel.
-        mean = float(_LUMA @ values.mean(1).numpy().astype(np.float64))
-        values = torch.from_numpy(matrix.astype(np.float32)) @ values
-        return values.add_((1 - contrast) * brightness * mean + 0.5).clamp_(0, 255).byte().view_as(picture)
+        means = images.sum((2, 3)).numpy() / images[0, 0].numel()
+        offsets = (1 - contrast) * brightness * (means * _LUMA).sum(1)
+        weights = torch.from_numpy(matrices.astype(np.float32))[..., None, None]
+        red, green, blue = images.float().unbind(1)
+        # Half more, because conversion to whole numbers cuts off.
+        rounding = torch.from_numpy((offsets + 0.5).astype(np.float32))[:, None, None]
+        for channel in range(3):
+            value = red * weights[:, channel, 0]
+            value.add_(green * weights[:, channel, 1]).add_(blue * weights[:, channel, 2]).add_(rounding)
+            images[:, channel] = value.clamp_(0, 255)
 
-    def _erased(self, picture: Tensor, draw: np.ndarray) -> Tensor:
+    def _erase(self, picture: Tensor, draw: np.ndarray) -> None:
         area = _between(draw[_ERASE_AREA], self.config.erase_scale)
         ratio = _between_log(draw[_ERASE_RATIO], self.config.erase_ratio)
         width = min(self.size, max(1, round(self.size * math.sqrt(area * ratio))))
@@ -241,6 +260,4 @@ class TrainTransform:
         left = int(draw[_ERASE_X] * (self.size - width + 1))
         top = int(draw[_ERASE_Y] * (self.size - height + 1))
         colour = torch.tensor([int(256 * draw[k]) for k in (_RED, _GREEN, _BLUE)], dtype=torch.uint8)
-        picture = picture.clone()
         picture[:, top : top + height, left : left + width] = colour[:, None, None]
-        return picture

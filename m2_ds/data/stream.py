@@ -94,8 +94,7 @@ class PairDataset(Dataset[PairBatch]):
     def __init__(self, config: DataConfig, tokenizer: TextEncoder, seed: int) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self.languages = list(config.languages)
-        shares = np.array(list(config.languages.values()), dtype=np.float64)
-        self.shares = shares / shares.sum()
+        self.shares = list(config.languages.values())
         self.names: list[str] = []
         self.splits: list[Split] = []
         for number, source in enumerate(config.sources):
@@ -134,6 +133,9 @@ class PairDataset(Dataset[PairBatch]):
         slot = np.asarray(slots, dtype=np.int64)
         places = self.order(slot)
         draws = self.transform.draws(slot)
+        # Column 0 draws the language, column 1 + l the caption of language l.
+        columns = np.arange(1 + len(self.languages))
+        chances = randomness.uniform(self.seed, randomness.CAPTION, slot[:, None], columns[None]).tolist()
         skipped: Counter[str] = Counter()
         records: list[Record | None] = [None] * len(slots)
         for source in np.unique(places.source).tolist():
@@ -145,8 +147,9 @@ class PairDataset(Dataset[PairBatch]):
         for index, record in enumerate(records):
             assert record is not None
             source, row = int(places.source[index]), int(places.row[index])
-            pairs.append(self._pair(slots[index], source, row, record, draws[index], skipped))
+            pairs.append(self._pair(slots[index], source, row, record, draws[index], chances[index], skipped))
             images[index] = pairs[-1].image
+        self.transform.finish(images, draws)
         captions = len(pairs[0].captions)
         ids, mask = self.tokenizer.encode([pair.captions[c] for c in range(captions) for pair in pairs])
         batch = PairBatch(
@@ -161,7 +164,16 @@ class PairDataset(Dataset[PairBatch]):
         )
         return [batch]
 
-    def _pair(self, slot: int, source: int, row: int, record: Record, draw: np.ndarray, skipped: Counter[str]) -> _Pair:
+    def _pair(
+        self,
+        slot: int,
+        source: int,
+        row: int,
+        record: Record,
+        draw: np.ndarray,
+        chances: list[float],
+        skipped: Counter[str],
+    ) -> _Pair:
         """The pair of a slot, or of its first usable substitute: rows hashed from (seed, slot, attempt)."""
         failures = []
         split = self.splits[source]
@@ -170,9 +182,9 @@ class PairDataset(Dataset[PairBatch]):
                 row = int(randomness.hashed(self.seed, randomness.SUBSTITUTE, slot, attempt)) % len(split)
                 (record,) = split.read([row])
             try:
-                texts, languages = self._captions(slot, source, record)
+                texts, languages = self._captions(source, record, chances)
                 return _Pair(
-                    image=self.transform(self._pixels(source, row, record, draw), draw),
+                    image=self.transform.geometry(self._pixels(source, row, record, draw), draw),
                     captions=texts,
                     languages=languages,
                     group=group_id(self.names[source], record.group),
@@ -202,7 +214,7 @@ class PairDataset(Dataset[PairBatch]):
             self._room -= pixels.nbytes
         return pixels
 
-    def _captions(self, slot: int, source: int, record: Record) -> tuple[list[str], list[int]]:
+    def _captions(self, source: int, record: Record, chances: list[float]) -> tuple[list[str], list[int]]:
         """(texts, language numbers) of a record: one of a drawn language, or one of each."""
         factors = self.config.sources[source].caption_kinds
         choices: dict[str, list[tuple[str, float]]] = {language: [] for language in self.languages}
@@ -212,28 +224,26 @@ class PairDataset(Dataset[PairBatch]):
                 choices[caption.language].append((caption.text, weight))
         there = [number for number, language in enumerate(self.languages) if choices[language]]
         if self.config.captions == "one" and there:
-            there = [there[_drawn(self.shares[there], self._uniform(randomness.LANGUAGE, slot, 0))]]
+            there = [there[_drawn([self.shares[number] for number in there], chances[0])]]
         elif len(there) < len(self.languages):
             missing = [language for language in self.languages if not choices[language]]
             raise _Unusable("no caption", f"no caption in {', '.join(missing)}")
         texts = []
         for number in there:
             candidates = choices[self.languages[number]]
-            chosen = 0
-            if len(candidates) > 1:
-                weights = np.array([weight for _, weight in candidates])
-                chosen = _drawn(weights, self._uniform(randomness.CAPTION, slot, number))
+            chosen = _drawn([weight for _, weight in candidates], chances[1 + number]) if len(candidates) > 1 else 0
             texts.append(candidates[chosen][0])
         return texts, there
 
-    def _uniform(self, stream: int, slot: int, counter: int) -> float:
-        return float(randomness.uniform(self.seed, stream, slot, counter))
 
-
-def _drawn(weights: np.ndarray, u: float) -> int:
+def _drawn(weights: list[float], u: float) -> int:
     """The index on which u in [0, 1) falls when the weights are laid side by side."""
-    ends = np.cumsum(weights)
-    return min(int(np.searchsorted(ends, u * ends[-1], side="right")), len(weights) - 1)
+    point = u * sum(weights)
+    for index, weight in enumerate(weights):
+        point -= weight
+        if point < 0:
+            return index
+    return len(weights) - 1
 
 
 def _only(batches: list[PairBatch]) -> PairBatch:
