@@ -46,7 +46,7 @@ class ConvStem(nn.Module):
             width = min(config.stem_width << i, config.hidden_size)
             for j in range(config.stem_depth):
                 stages += [nn.Conv2d(channels, width, 3, stride=2 if j == 0 else 1, padding=1), ChannelNorm(width)]
-                stages += [nn.GELU()]
+                stages += [nn.ReLU(inplace=True)]
                 channels = width
         self.stages = nn.Sequential(*stages)
         self.out = nn.Linear(channels, config.hidden_size)

@@ -1,0 +1,77 @@
+"""The console entry ``m2``: one sub-command a capability, each a typed function that tyro turns into options.
+
+A sub-command's room is imported only when it is called, so that ``m2 --help`` answers at once.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Words of the command, where its function lives, what it does.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("m2_ds.quickstart:quickstart", "build a data set, train, evaluate and write the page, in minutes"),
+    "train": ("m2_ds.commands:train", "train a recipe on this machine through the deepspeed launcher"),
+    "config": ("m2_ds.commands:config", "check a recipe and print it with every field"),
+    "evaluate": ("m2_ds.commands:evaluate", "retrieval, zero-shot and probes of a model, as JSON and a page"),
+    "embed": ("m2_ds.commands:embed", "write embeddings of a data set's pictures and captions to Parquet"),
+    "report": ("m2_ds.commands:report", "write a run folder's page again"),
+    "data emoji": ("m2_ds.data.sources.emoji:build", "fetch and build the emoji set: eight styles, two languages"),
+    "data scenes": ("m2_ds.data.sources.scenes:build", "generate scenes with exact hard negatives"),
+    "data tar": ("m2_ds.data.sources.tar:convert", "webdataset tars to shards"),
+    "data jsonl": ("m2_ds.data.sources.jsonl:convert", "JSONL and a picture folder to shards"),
+    "data inspect": ("m2_ds.data.sources.inspect:inspect", "what a data set holds"),
+    "data verify": ("m2_ds.data.sources.inspect:verify", "read every shard and compare checksums"),
+    "tokenizer train": ("m2_ds.data.text_train:train", "train a bilingual SentencePiece tokenizer"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in COMMANDS), None)
+    if name is None:
+        _help(words)
+    run(load(name), f"m2 {name}", words[len(name.split()) :])
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function behind a sub-command."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def run(function: Callable[..., Any], prog: str, arguments: Sequence[str] | None = None) -> None:
+    """Call a function with options from the command line; a wrong input ends with one line and exit code 2."""
+    import tyro
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        result = tyro.cli(function, prog=prog, args=arguments)
+    except ValueError as error:
+        sys.exit(_complain(prog, error))
+    if isinstance(result, int) and result:
+        sys.exit(result)
+
+
+def _complain(prog: str, error: ValueError) -> int:
+    print(f"{prog}: {error}", file=sys.stderr)
+    return 2
+
+
+def _help(words: list[str]) -> None:
+    asked = not words or words[0] in ("-h", "--help")
+    group = words[0] if words and any(n.startswith(f"{words[0]} ") for n in COMMANDS) else None
+    shown = {n: text for n, (_, text) in COMMANDS.items() if group is None or n.startswith(f"{group} ")}
+    out = sys.stdout if asked or group else sys.stderr
+    if not asked and group is None:
+        print(f"m2: there is no command {' '.join(words)!r}", file=out)
+    print("usage: m2 COMMAND [options]        m2 COMMAND --help tells all options\n", file=out)
+    width = max(len(n) for n in shown)
+    for name, text in shown.items():
+        print(f"  m2 {name.ljust(width)}   {text}", file=out)
+    raise SystemExit(0 if asked else 2)
+
+
+if __name__ == "__main__":
+    main()
