@@ -15,7 +15,7 @@ _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
 
 # One number a use; never reuse one.
-MIXING, BLOCKS, ROWS, CAPTION, IMAGE, SUBSTITUTE = range(1, 7)
+MIXING, BLOCKS, ROWS, CAPTION, IMAGE, SUBSTITUTE, SCENE = range(1, 8)
 
 
 def hashed(seed: int, stream: int, *counters: Counter) -> np.ndarray:

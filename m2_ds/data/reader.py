@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from m2_ds.data.records import SCHEMA, SCHEMA_VERSION, Caption, HardNegative, Manifest, Record, SplitInfo
+from m2_ds.data.records import SCHEMA, SCHEMA_VERSION, Caption, HardNegative, Manifest, Record, ShardInfo, SplitInfo
 from m2_ds.files import sha256
 
 DEFAULT_CACHE_BYTES = 256 << 20
@@ -173,17 +173,19 @@ class Dataset:
         Raises:
             ValueError: the first shard that is missing, cut short or changed, by name.
         """
-        shards = 0
-        for name in self.splits:
-            for shard in self.split(name).info.shards:
-                found = sha256(self.folder / shard.file)
-                if found != shard.sha256:
-                    raise ValueError(
-                        f"{self.folder / shard.file}: checksum {found[:12]}... is not the manifest's "
-                        f"{shard.sha256[:12]}...; the file was changed; fetch or build this data set again"
-                    )
-                shards += 1
-        return shards
+        shards = [shard for name in self.splits for shard in self.split(name).info.shards]
+        for shard in shards:
+            self.verify_shard(shard)
+        return len(shards)
+
+    def verify_shard(self, shard: ShardInfo) -> None:
+        """Read one shard and compare its checksum; ValueError names the file."""
+        found = sha256(self.folder / shard.file)
+        if found != shard.sha256:
+            raise ValueError(
+                f"{self.folder / shard.file}: checksum {found[:12]}... is not the manifest's {shard.sha256[:12]}...; "
+                "the file was changed; fetch or build this data set again"
+            )
 
 
 def open_dataset(folder: Path | str) -> Dataset:

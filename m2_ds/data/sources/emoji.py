@@ -17,24 +17,22 @@ are equal to the last pixel appear once a style. The flat form of the 3D set is 
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import re
 import unicodedata
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
+from tyro.conf import Positional
 
-from m2_ds.data.progress import track
 from m2_ds.data.shards import Caption, Dataset, Record, ShardWriter, open_dataset
+from m2_ds.data.sources.inspect import show_counts
 from m2_ds.data.sources.npm import Package, fetch
+from m2_ds.data.sources.spread import spread
 
 LANGUAGES = ("en", "zh")
 KEYWORDS_WEIGHT = 0.25
@@ -256,7 +254,12 @@ def _three_d(package: Package, concepts: dict[str, Concept]) -> tuple[dict[str, 
 
 
 def build(
-    out: Path, *, size: int = 128, packages: Path | None = None, workers: int | None = None, overwrite: bool = False
+    out: Positional[Path],
+    *,
+    size: int = 128,
+    packages: Path | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
 ) -> Dataset:
     """Fetch the packages (into OUT/packages, about 45 MB), rasterise, and write the shards.
 
@@ -290,23 +293,17 @@ def build(
     three_d, three_d_license = _three_d(have[_THREE_D[0]], concepts)
 
     dropped: Counter[str] = Counter()
-    workers = workers or len(os.sched_getaffinity(0))
-    with (
-        ShardWriter(out, "emoji", overwrite=overwrite) as writer,
-        # Started afresh, not forked: the caller may have threads.
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
-    ):
-        jobs = []
-        for icon_set in ICON_SETS:
-            icons, chars, license_name = content[icon_set.source]
-            svgs = drawings(concepts, icons, chars, table)
-            results = pool.map(partial(_draw, size=size), svgs.values(), chunksize=16)
-            jobs.append((icon_set.source, icon_set.split, license_name, list(svgs), results))
-        results = pool.map(partial(_shrink, size=size), three_d.values(), chunksize=16)
-        jobs.append(("fluent_3d", "test_3d", three_d_license, list(three_d), results))
-        for source, split, license_name, codes, results in jobs:
+    jobs: list[tuple[str, str, str, Callable[[Any], tuple[bytes, bytes]], dict[str, Any]]] = []
+    for icon_set in ICON_SETS:
+        icons, chars, license_name = content[icon_set.source]
+        svgs = drawings(concepts, icons, chars, table)
+        jobs.append((icon_set.source, icon_set.split, license_name, partial(_draw, size=size), svgs))
+    jobs.append(("fluent_3d", "test_3d", three_d_license, partial(_shrink, size=size), three_d))
+    with ShardWriter(out, "emoji", overwrite=overwrite) as writer:
+        for source, split, license_name, render, originals in jobs:
             seen: set[bytes] = set()
-            for code, (image, digest) in zip(codes, track(results, f"drawing {source}", total=len(codes))):
+            rendered = spread(render, list(originals.values()), f"drawing {source}", workers=workers)
+            for code, (image, digest) in zip(originals, rendered):
                 concept = concepts[code]
                 if digest in seen:
                     dropped[source] += 1
@@ -328,18 +325,3 @@ def build(
     show_counts(dataset)
     print(f"left out as exact repetitions: {sum(dropped.values())} pictures ({dict(dropped)})")
     return dataset
-
-
-def show_counts(dataset: Dataset) -> None:
-    """Print the pictures, concepts and captions of every split."""
-    table = Table("split", "pictures", "concepts", "captions", "sources", title=f"{dataset.name}: {dataset.folder}")
-    for name, info in dataset.manifest.splits.items():
-        groups = {row["group"] for row in dataset.split(name).iter(columns=["group"])}
-        table.add_row(
-            name,
-            f"{info.rows:,}",
-            f"{len(groups):,}",
-            ", ".join(f"{count:,} {language}" for language, count in info.languages.items()),
-            ", ".join(info.sources),
-        )
-    Console().print(table)
