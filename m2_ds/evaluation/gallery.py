@@ -77,9 +77,6 @@ class _View:
         own = self.first_caption.get(picture)
         return int(self.relevance.right(picture)[0]) if own is None else own
 
-    def found_by_own_caption(self, picture: int) -> dict[str, Any]:
-        return self.pictures_for(self.caption(picture))
-
     def pictures_for(self, text: int) -> dict[str, Any]:
         scores, rows = top_k(self.texts.features[text : text + 1], self.image, TOP)
         top = [

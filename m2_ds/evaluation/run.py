@@ -32,7 +32,7 @@ from m2_ds.evaluation.zeroshot import class_features, classify, labels_of, load_
 from m2_ds.files import write_json
 from m2_ds.parallel.mesh import SOLO, Group
 
-DETAILS_FILE = "details.json"
+DETAILS_FILE, METRICS_FILE = "details.json", "metrics.json"
 GALLERY_SPLITS = 6
 
 
@@ -231,10 +231,10 @@ def evaluate(
     galleries: bool = True,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Every task, with details and galleries for the report; written to `out`/details.json (None: not written).
+    """Every task, with details and galleries for the report.
 
-    `facts` are kept beside the numbers (checkpoint, step ...). Returns what the file holds: facts, seconds, metrics
-    (flat), entries and galleries.
+    Returns facts (those given, and the number of parameters), seconds, metrics (flat), entries and galleries. With
+    `out`, all of it goes to `out`/details.json, and facts and metrics alone to `out`/metrics.json.
     """
     start = time.perf_counter()
     bench = Bench(model, processor, config, _device(model, device), SOLO)
@@ -246,7 +246,7 @@ def evaluate(
                 embeddings, results = bench.embeddings(task, name), bench.retrieval(task, name)
                 shown.append(gallery(bench.split(task, name), embeddings, results, task.title, task.match_groups))
     content = {
-        "facts": facts or {},
+        "facts": {**_size(model), **(facts or {})},
         "seconds": round(time.perf_counter() - start, 1),
         "metrics": {name: value for entry in entries for name, value in entry.flat().items()},
         "entries": [asdict(entry) for entry in entries],
@@ -255,6 +255,7 @@ def evaluate(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / DETAILS_FILE, content)
+        write_json(out / METRICS_FILE, {"facts": content["facts"], "metrics": content["metrics"]})
     return content
 
 
@@ -291,6 +292,10 @@ def _run(bench: Bench) -> list[Entry]:
 
 def _where(task: Any, name: str) -> str:
     return f"split {name!r} of {task.dataset}"
+
+
+def _size(model: Any) -> dict[str, int]:
+    return {"parameters": sum(p.numel() for p in model.parameters())} if hasattr(model, "parameters") else {}
 
 
 def _device(model: Any, device: torch.device | str | None) -> torch.device | str:
