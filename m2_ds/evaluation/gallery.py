@@ -57,7 +57,7 @@ def gallery(
     }
     wanted = sorted(_pictures_in(shown))
     shown["thumbnails"] = {str(row): _thumbnail(record.image) for row, record in zip(wanted, split.read(wanted))}
-    shown["keys"] = {str(row): embeddings.keys[row] for row in wanted}
+    shown["picture_keys"] = {str(row): embeddings.keys[row] for row in wanted}
     return shown
 
 
