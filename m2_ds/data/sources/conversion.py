@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m2_ds.data.image import PictureError, decode
+from m2_ds.data.decode import PictureError, decode
 from m2_ds.data.reader import open_dataset
 from m2_ds.data.records import Record
 from m2_ds.data.shards import Dataset, ShardWriter

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from m2_ds.data.image import MAX_PIXELS
+from m2_ds.data.decode import MAX_PIXELS
 from m2_ds.data.shards import Dataset
 from m2_ds.data.sources.conversion import Candidate, Defaults, by_split, write
 

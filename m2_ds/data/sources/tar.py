@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from tyro.conf import Positional
 from webdataset import tariterators
 from webdataset.shardlists import expand_urls
 
-from m2_ds.data.image import MAX_PIXELS
+from m2_ds.data.decode import MAX_PIXELS
 from m2_ds.data.shards import Dataset
 from m2_ds.data.sources.conversion import Candidate, Defaults, by_split, write
 
@@ -49,8 +50,20 @@ def read_tar(path: Path, split: str, prefix: str) -> Iterator[Candidate]:
                 yield _candidate(sample, path, split, prefix)
             while troubles:
                 yield Candidate(str(path), sample.get("__key__", ""), split, "", trouble=("broken tar", troubles.pop()))
+    if not troubles and not _ends_well(path):
+        troubles.append("the end marker is missing: the file was cut short, or its writer did not finish")
     while troubles:
         yield Candidate(str(path), "", split, "", trouble=("broken tar", troubles.pop()))
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether an uncompressed tar has its end marker; a reader takes a cut between two files for the end."""
+    with open(path, "rb") as file:
+        if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
+            return True  # the decompressor has complained already if it was cut
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 1024))
+        return not file.read().strip(b"\0")
 
 
 def _candidate(sample: dict[str, Any], path: Path, split: str, prefix: str) -> Candidate:
