@@ -18,7 +18,7 @@ from m2_ds.evaluation.embed import Embeddings, TextEmbeddings
 from m2_ds.evaluation.retrieval import Ranking, Relevance, RetrievalResult, top_k
 
 TOP = 5
-QUERIES, PICTURES, MISTAKES = 8, 8, 6
+QUERIES, PICTURES, MISTAKES = 9, 9, 6
 THUMBNAIL = 112  # pixels; shown at about half of that, so sharp on dense screens
 
 
@@ -32,7 +32,7 @@ def gallery(
     """The gallery of one split; `results` by language. The same pictures are chosen whatever the model."""
     groups = embeddings.groups if match_groups else None
     views = {
-        language: _View(embeddings, texts, Relevance(len(embeddings.keys), texts, groups))
+        language: _View(embeddings, texts, Relevance(len(embeddings.keys), texts, groups), results[language])
         for language, texts in embeddings.texts.items()
     }
     chosen = _spread(embeddings, QUERIES + PICTURES, views)
@@ -53,7 +53,7 @@ def gallery(
             {"picture": row, "by_language": {lang: view.captions_for(row) for lang, view in views.items()}}
             for row in pictures
         ],
-        "mistakes": {lang: _mistakes(view, results[lang]) for lang, view in views.items()},
+        "mistakes": {lang: _mistakes(view) for lang, view in views.items()},
     }
     wanted = sorted(_pictures_in(shown))
     shown["thumbnails"] = {str(row): _thumbnail(record.image) for row, record in zip(wanted, split.read(wanted))}
@@ -64,8 +64,12 @@ def gallery(
 class _View:
     """One language's captions over the pictures."""
 
-    def __init__(self, embeddings: Embeddings, texts: TextEmbeddings, relevance: Relevance) -> None:
-        self.image, self.texts, self.relevance = embeddings.image, texts, relevance
+    def __init__(
+        self, embeddings: Embeddings, texts: TextEmbeddings, relevance: Relevance, result: RetrievalResult
+    ) -> None:
+        self.image, self.texts, self.relevance, self.result = embeddings.image, texts, relevance, result
+        ranking = result.text_to_image
+        self.rank = {text: round(rank) for text, rank in zip(ranking.query.tolist(), ranking.rank.tolist())}
         self.first_caption: dict[int, int] = {}
         self.owner: dict[int, int] = {}
         for text, owner in zip(texts.text.tolist(), texts.owner.tolist()):
@@ -83,7 +87,7 @@ class _View:
             {"picture": row, "score": round(score, 4), "right": bool((self.relevance.right(row) == text).any())}
             for row, score in zip(rows[0].tolist(), scores[0].tolist())
         ]
-        return {"text": self.texts.texts[text], "top": top}
+        return {"text": self.texts.texts[text], "rank": self.rank[text], "top": top}
 
     def captions_for(self, picture: int) -> list[dict[str, Any]]:
         scores, rows = top_k(self.image[picture : picture + 1], self.texts.features, TOP)
@@ -94,15 +98,14 @@ class _View:
         ]
 
 
-def _mistakes(view: _View, result: RetrievalResult) -> dict[str, Any]:
+def _mistakes(view: _View) -> dict[str, Any]:
     return {
         "text_to_image": [
-            {**view.pictures_for(text), "rank": rank, "right": view.owner[text]}
-            for text, rank in _worst(result.text_to_image)
+            {**view.pictures_for(text), "right": view.owner[text]} for text, _ in _worst(view.result.text_to_image)
         ],
         "image_to_text": [
             {"picture": row, "rank": rank, "right": view.texts.texts[view.caption(row)], "top": view.captions_for(row)}
-            for row, rank in _worst(result.image_to_text)
+            for row, rank in _worst(view.result.image_to_text)
         ],
     }
 

@@ -33,11 +33,12 @@ LANGUAGES = {
 log = logging.getLogger(__name__)
 
 
-def write_report(run_dir: Path, out: Path | None = None) -> Path:
+def write_report(run_dir: Path | str, out: Path | None = None) -> Path:
     """Write `run_dir`/report.html (or `out`) and return its path.
 
     Raises ValueError when the folder holds nothing to show, or a file in it is damaged.
     """
+    run_dir = Path(run_dir)
     steps, details = _read_log(run_dir / "log.jsonl"), _read_json(run_dir / DETAILS_FILE)
     evaluations = _read_evaluations(run_dir / "evaluation")
     if not (steps or details or evaluations):

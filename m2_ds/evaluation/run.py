@@ -225,7 +225,7 @@ def evaluate(
     model: Model,
     processor: Processor,
     config: EvaluationConfig,
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     facts: dict[str, Any] | None = None,
     galleries: bool = True,
@@ -253,9 +253,10 @@ def evaluate(
         "galleries": shown,
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / DETAILS_FILE, content)
-        write_json(out / METRICS_FILE, {"facts": content["facts"], "metrics": content["metrics"]})
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / DETAILS_FILE, content)
+        write_json(folder / METRICS_FILE, {"facts": content["facts"], "metrics": content["metrics"]})
     return content
 
 

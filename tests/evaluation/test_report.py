@@ -112,6 +112,8 @@ def test_a_whole_page_is_sound_and_self_contained(run_dir):
     # Every picture that is shown has its thumbnail in the style sheet.
     shown = set(re.findall(r'<i class="(g\d+-\d+)">', page))
     assert shown and shown <= set(re.findall(r"\.(g\d+-\d+)\{background-image", page))
+    # A shorthand in the more specific rule would take the picture away again.
+    assert not re.search(r"\.thumb i \{[^}]*background:", page)
 
 
 def test_what_the_page_says(run_dir):
