@@ -1,6 +1,6 @@
 """Names, initial values and loading of weights.
 
-The state dict speaks the release's names. Inside, q, k, v of a branch are one parameter and logit scales have shape [1];
+The state dict speaks the release's names. Inside, q, k, v of a branch are one parameter, and logit scales are [1];
 `to_canonical` and `from_canonical` are the only places that know.
 """
 
@@ -27,7 +27,7 @@ def to_canonical(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if _FUSED in name:
         for part, piece in zip(_PARTS, tensor.chunk(3)):
             yield name.replace(_FUSED, part), piece
-    elif name in LOGIT_SCALES:
+    elif name in LOGIT_SCALES and tensor.numel():  # ZeRO-3 leaves empty tensors in place of partitioned weights
         yield name, tensor.reshape(())
     else:
         yield name, tensor
@@ -51,7 +51,7 @@ def from_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             triple = [name.replace(part, other) for part in _PARTS if part in name for other in _PARTS]
             if all(part in state for part in triple):
                 continue
-        inner[name] = tensor.reshape(1) if name in LOGIT_SCALES else tensor
+        inner[name] = tensor.reshape(1) if name in LOGIT_SCALES and tensor.numel() else tensor
     return inner
 
 
