@@ -1,4 +1,4 @@
-"""The whole run as one typed tree, from a YAML file and dotted overrides. Every check that needs no GPU happens here."""
+"""The whole run as one typed tree, from a YAML file and dotted overrides, with every check that needs no GPU."""
 
 import re
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class ScheduleConfig(Settings):
 
 
 class OptimConfig(Settings):
-    """AdamW (arXiv 1711.05101). Decay applies to weight matrices and kernels; never to biases, norms, scales, positions."""
+    """AdamW (arXiv 1711.05101). Weight matrices and kernels decay; biases, norms, scales and positions never do."""
 
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
@@ -135,6 +135,15 @@ class RunConfig(Settings):
             raise ValueError("loss.unimodal_weight and loss.vl_weight are both 0: there is nothing to train for")
         return self
 
+    def checkpoint_due(self, done: int) -> bool:
+        """Whether a checkpoint follows step number ``done`` (from 1)."""
+        return done == self.steps or (self.checkpoint.every > 0 and done % self.checkpoint.every == 0)
+
+    def evaluation_due(self, done: int) -> bool:
+        """Whether an evaluation follows step number ``done`` (from 1)."""
+        every = self.evaluation.every
+        return bool(self.evaluation.tasks) and (done == self.steps or (every > 0 and done % every == 0))
+
     def micro_batch(self, data_parallel_size: int) -> int:
         """Pairs a rank and forward. Raises ValueError where the global batch does not divide."""
         micro, rest = divmod(self.global_batch, data_parallel_size)
@@ -152,7 +161,7 @@ class RunConfig(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe. ``overrides``: ``optim.lr=1e-3``, values as in YAML; list items by number, ``data.sources.0.path=x``.
+    """Read a recipe. ``overrides``: ``optim.lr=1e-3``; values as in YAML, list items by number (``data.sources.0.path``).
 
     Raises ValueError that names the file, the field, its value and what would be accepted.
     """

@@ -8,11 +8,17 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m2_ds.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from m2_ds.parallel.mesh import Mesh
+
+REPEAT_AFTER_S = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,55 +30,76 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         train(load_config(options.config, options.overrides))
     except (ValueError, FloatingPointError) as error:
-        # A wrong setting is told in one paragraph; only the first rank's, as all find the same.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"m2_ds.train: {error}", file=sys.stderr, flush=True)
+        _tell(error)
         raise SystemExit(2) from error
 
 
 def train(config: RunConfig) -> None:
-    """Run the whole job on this rank: resume, train, evaluate, write checkpoints and the report."""
-    from m2_ds.api import Processor, load_into
-    from m2_ds.data.text import load_tokenizer
-    from m2_ds.engine.environment import describe
-    from m2_ds.engine.setup import build_engine, quiet, set_threads
-    from m2_ds.engine.trainer import Trainer
-    from m2_ds.evaluation.run import run_evaluations
-    from m2_ds.files import write_atomically, write_json
-    from m2_ds.model.encoder import M2Encoder
-    from m2_ds.model.weights import freeze_unused, init_weights
+    """Join the job that the launcher started, carry out this rank's part of the run, leave."""
+    from m2_ds.engine.setup import quiet, set_threads
     from m2_ds.parallel.mesh import Mesh
 
     quiet()
     set_threads(config)
     mesh = Mesh.start(config.engine.timeout_minutes, config.engine.build_ops)
-    try:
-        config.micro_batch(mesh.data_parallel.size)
-        tokenizer = load_tokenizer(config.tokenizer, max_length=config.model.max_text_length)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size {config.model.vocab_size} is less than the {tokenizer.vocab_size} pieces of "
-                f"{config.tokenizer}; set model.vocab_size={tokenizer.vocab_size}"
-            )
-        model = M2Encoder(config.model)
-        if config.init_from is None:
-            init_weights(model, config.model, config.seed)
-        else:
-            load_into(model, config.model, config.init_from)
-        freeze_unused(model)
-        engine = build_engine(model, config, mesh)
+    run(config, mesh)
+    mesh.stop()  # not after an error: the others would lose their connection before this rank has told its reason
+
+
+def run(config: RunConfig, mesh: "Mesh") -> None:
+    """Resume, train, evaluate, write checkpoints."""
+    from m2_ds.api import Processor, load_into
+    from m2_ds.engine import preflight, resume
+    from m2_ds.engine.checkpoint import sweep
+    from m2_ds.engine.environment import claim, describe
+    from m2_ds.engine.optim import freeze_unreached
+    from m2_ds.engine.setup import build_engine, deepspeed_config, zero_stage
+    from m2_ds.engine.trainer import Trainer
+    from m2_ds.evaluation.run import run_evaluations
+    from m2_ds.files import write_atomically, write_json
+    from m2_ds.model.encoder import M2Encoder
+    from m2_ds.model.weights import init_weights
+
+    settings = deepspeed_config(config, mesh)
+    tokenizer = preflight.check(config)
+    with claim(config.folder, mesh):
+        found = resume.find(config, mesh)
+        start = 0
+        if found is not None:
+            layout = resume.layout(mesh.data_parallel.size, zero_stage(settings))
+            start = resume.check(found, config, tokenizer, layout)
         if mesh.is_first:
-            config.folder.mkdir(parents=True, exist_ok=True)
+            sweep(config.folder / "checkpoints")
             write_atomically(config.folder / "config.yaml", config.to_yaml().encode())
             write_json(config.folder / "environment.json", describe(mesh))
+        model = M2Encoder(config.model)
+        if found is None:  # otherwise every weight comes from there
+            if config.init_from is None:
+                init_weights(model, config.model, config.seed)
+            else:
+                load_into(model, config.model, config.init_from)
+        freeze_unreached(model, config.loss)
+        engine = build_engine(model, config, settings, mesh)
+        if found is not None:
+            resume.restore(engine, found, config)
         processor = Processor(config.model.image_size, tokenizer)
 
         def evaluate(module: Any) -> dict[str, float]:
             return run_evaluations(module, processor, config.evaluation, group=mesh.data_parallel)
 
-        Trainer(engine, config, mesh, tokenizer, evaluate).run()
-    finally:
-        mesh.stop()
+        Trainer(engine, config, mesh, tokenizer, evaluate).run(start)
+
+
+def _tell(error: Exception) -> None:
+    """A wrong setting is told in one paragraph.
+
+    Most errors are found by every rank; the first tells them, and the launcher ends the others before they repeat it.
+    What only one of the others has found is told, too.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(REPEAT_AFTER_S)
+    print(f"m2_ds.train{f', rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

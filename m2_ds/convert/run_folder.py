@@ -3,46 +3,74 @@
 checkpoints/step-00001000/
   model/        canonical weights (fp32) with config.json and the tokenizer: what `m2_ds.load` reads
   engine/       DeepSpeed's own files: optimizer, schedule, sharded weights
+  config.yaml   the run's resolved configuration
   state.json    step, samples seen, layout
   checksums.json   SHA-256 of every file above; written last
 """
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from m2_ds.files import sha256
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS, MODEL, ENGINE, STATE, CHECKSUMS = "checkpoints", "model", "engine", "state.json", "checksums.json"
+CHECKPOINTS, MODEL, ENGINE = "checkpoints", "model", "engine"
+SETTINGS, STATE, CHECKSUMS = "config.yaml", "state.json", "checksums.json"
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08}"
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the finished checkpoints in ``folder``, in no order."""
-    return [int(p.name.removeprefix("step-")) for p in folder.glob("step-*") if p.is_dir()]
+    """Steps of the finished checkpoints in ``folder``, in no order; anything else that lies there is not looked at."""
+    if not folder.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return [int(match[1]) for match, path in found if match and path.is_dir()]
 
 
-def verify(checkpoint: Path) -> None:
-    """Raises ValueError that names the first missing or changed file."""
-    try:
-        checksums: dict[str, str] = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{checkpoint} has no readable {CHECKSUMS}: {error}") from None
-    for name, digest in checksums.items():
+def verify(checkpoint: Path, part: str = "") -> None:
+    """Compare the files of a checkpoint with their checksums; with ``part`` ("model") only those in that folder of it.
+
+    Raises ValueError that names the first missing, changed or unreadable file.
+    """
+    for name, digest in _checksums(checkpoint).items():
         path = checkpoint / name
+        if not name.startswith(part):
+            continue
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if sha256(path) != digest:
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        if found != digest:
             raise ValueError(f"{path} is damaged: its checksum differs from the one in {CHECKSUMS}")
 
 
-def newest_good(folder: Path) -> Path | None:
+def _checksums(checkpoint: Path) -> dict[str, str]:
+    path = checkpoint / CHECKSUMS
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict) or STATE not in content:
+        raise ValueError(f"{path} is damaged: it is no list of the checkpoint's files")
+    return content
+
+
+def newest_good(folder: Path, part: str = "") -> Path | None:
     """The newest checkpoint that verifies; damaged ones are passed over, with the reason in the log."""
     for step in sorted(checkpoint_steps(folder), reverse=True):
-        path = folder / f"step-{step:08}"
+        path = folder / checkpoint_name(step)
         try:
-            verify(path)
+            verify(path, part)
         except ValueError as error:
             log.warning("checkpoint %s passed over: %s", path.name, error)
             continue

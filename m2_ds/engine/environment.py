@@ -1,8 +1,13 @@
-"""What a run ran on: versions, machine, code state. Written into the run folder."""
+"""What a run runs on (versions, machine, code state), and that it has its folder to itself."""
 
+import contextlib
+import errno
+import fcntl
+import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,10 @@ import psutil
 import torch
 
 import m2_ds
+from m2_ds.parallel.collectives import broadcast_object
 from m2_ds.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "pyarrow", "sentencepiece", "pillow", "numpy")
 
@@ -52,3 +60,31 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.rstrip("\n") if done.returncode == 0 else None
+
+
+@contextlib.contextmanager
+def claim(folder: Path, mesh: Mesh) -> Iterator[None]:
+    """Make the run folder and hold its lock, so that a second job does not write into it.
+
+    The lock goes with the process that holds it, however that ends. Every rank raises ValueError where it is taken.
+    """
+    error, lock = None, None
+    if mesh.is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / ".lock").open("a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            error = f"another job is writing to {folder}; wait for it, end it, or set folder=... to another one"
+        except OSError as problem:
+            if lock is not None and problem.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                log.warning("%s is on a file system without locks: do not start a second job on it", folder)
+            else:
+                error = f"folder: cannot write to {folder}: {problem}"
+    try:
+        if error := broadcast_object(error, mesh.data_parallel):
+            raise ValueError(error)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()

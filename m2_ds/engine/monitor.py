@@ -1,4 +1,4 @@
-"""What a run says while it trains: one JSON object a logged step, TensorBoard, Weights & Biases if asked, a progress bar."""
+"""What a run says while it trains: JSON lines, TensorBoard, Weights & Biases if asked, a progress bar."""
 
 import json
 import logging
@@ -20,6 +20,7 @@ from m2_ds.data.stream import PairBatch
 from m2_ds.engine.flops import StepFlops, peak_tflops
 from m2_ds.engine.optim import lr_scale
 from m2_ds.engine.step import StepResult
+from m2_ds.files import write_atomically
 from m2_ds.parallel.collectives import all_gather_objects, all_reduce_sum
 from m2_ds.parallel.mesh import Mesh
 
@@ -37,7 +38,7 @@ class Monitor:
         self.flops = StepFlops(config.model)
         self.peak = config.log.peak_tflops or peak_tflops(mesh.device)
         self.sinks = _Sinks(config, start_step) if mesh.is_first else None
-        self.skipped_in_all: Counter[str] = Counter()
+        self.skipped_in_all: Counter[str] = Counter(self.sinks.skipped if self.sinks else {})
         self._reset(time.perf_counter())
 
     def __enter__(self) -> Self:
@@ -57,13 +58,17 @@ class Monitor:
         self.started = now
 
     def add(self, step: int, batch: PairBatch, result: StepResult, waited: float) -> None:
-        """Take in the result of step number ``step`` (from 0); write a log line where one is due."""
+        """Take in the result of step number ``step`` (from 0); write a log line where one is due.
+
+        One is due at every checkpoint, too: a run that goes on from there has lines over the same steps as one that was
+        never interrupted, and a checkpoint is only written after finite numbers.
+        """
         captions, pairs, length = batch.ids.shape
         self.results.append(result)
         self.skipped.update(batch.skipped)
         self.operations += self.flops(pairs, captions * pairs, length)
         self.waited += waited
-        if (step + 1) % self.config.log.every == 0 or step + 1 == self.config.steps:
+        if (step + 1) % self.config.log.every == 0 or self.config.checkpoint_due(step + 1):
             self._reset(self._write(step + 1))
 
     def pause(self, seconds: float) -> None:
@@ -79,6 +84,7 @@ class Monitor:
         seconds = now - self.started
         loss, count = sums[:-1], sums[-1]
         last = self.results[-1]
+        norms = [float(r.grad_norm) for r in self.results if r.grad_norm is not None]
         by_level = loss.sum(1) / count.sum()
         weights = [w for w in (self.config.loss.unimodal_weight, self.config.loss.vl_weight) if w > 0]
         numbers: dict[str, Any] = {
@@ -88,7 +94,7 @@ class Monitor:
             **{f"loss/{name}": float(x) for name, x in zip(self.levels, by_level)},
             **{f"loss/{lang}": float(x) for lang, x in zip(self.languages, loss.mean(0) / count)},
             "lr": self.config.optim.lr * lr_scale(done - 1, self.config.steps, self.config.optim.schedule),
-            "grad_norm": sum(float(r.grad_norm) for r in self.results) / n,
+            "grad_norm": sum(norms) / n if norms else None,
             **{f"logit_scale/{name}": float(x) for name, x in zip(self.levels, last.scales)},
             "samples_per_s": n * self.config.global_batch / seconds,
             "step_s": seconds / n,
@@ -102,11 +108,16 @@ class Monitor:
             self.skipped_in_all.update(counts)
         numbers["skipped"] = dict(self.skipped_in_all)
         if self.sinks:
-            self.sinks.write({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()})
-        if not math.isfinite(numbers["loss"]):
+            self.sinks.write(
+                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+            )
+        # DeepSpeed's own mark of a norm that is not finite is inf or -1, by stage; some stages then leave the step out.
+        bad = [done - len(norms) + i + 1 for i, norm in enumerate(norms) if not 0 <= norm < math.inf]
+        if bad or not math.isfinite(numbers["loss"]):
+            where = f"the gradient of step {bad[0]} is" if bad else f"the loss is {numbers['loss']} at step {done}:"
             raise FloatingPointError(
-                f"the loss is {numbers['loss']} at step {done}. Lower optim.lr, lengthen optim.schedule.warmup_steps or set "
-                "optim.grad_clip, and start again from the last checkpoint"
+                f"{where} not finite. Lower optim.lr, lengthen optim.schedule.warmup_steps or set optim.grad_clip "
+                "and start the job again: it goes on from the newest checkpoint"
             )
         return now
 
@@ -120,10 +131,11 @@ class _Sinks:
 
     def __init__(self, config: RunConfig, start_step: int) -> None:
         folder = config.folder
-        self.log_path = folder / "log.jsonl"
-        _forget_after(self.log_path, start_step)
-        self.file = self.log_path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        path = folder / "log.jsonl"
+        self.skipped = _forget_after(path, start_step)
+        self.file = path.open("a", encoding="utf-8")
+        # Viewers hide points of earlier starts from this step on.
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self.wandb = _start_wandb(config) if config.log.wandb_project else None
         console = Console()
         self.live = console.is_terminal
@@ -191,27 +203,28 @@ def _language_names(numbers: dict[str, Any]) -> list[str]:
     return [n for n in numbers if n.startswith("loss/") and n not in ("loss/unimodal", "loss/vl")]
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop lines past the step a run resumes from: they will be written again. A line cut short by a crash goes, too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _forget_after(path: Path, step: int) -> dict[str, int]:
+    """Drop lines past the step a run goes on from: they will be written again. A line cut short by a crash goes, too.
+
+    Returns the pairs skipped by then, by reason.
+    """
+    kept: list[str] = []
+    skipped: dict[str, int] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+                skipped = entry.get("skipped", skipped)
+        except (json.JSONDecodeError, KeyError, TypeError):
             log.warning("%s: a line that is not a log entry was dropped: %.60r", path, line)
-    path.write_text("".join(kept), encoding="utf-8")
+    write_atomically(path, "".join(kept).encode())
+    return skipped
 
 
 def _start_wandb(config: RunConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            "log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it"
-        ) from None
+    import wandb
+
     return wandb.init(project=config.log.wandb_project, name=config.folder.name, config=config.model_dump(mode="json"))
 
 

@@ -9,9 +9,23 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from m2_ds.config import OptimConfig, ParameterRule, ScheduleConfig
-from m2_ds.model.weights import LOGIT_SCALES, canonical_names
+from m2_ds.loss.config import LossConfig
+from m2_ds.model.weights import LOGIT_SCALES, canonical_names, freeze_unused
 
 _NOT_DECAYED = ("embed_positions", "cls_token", "mask_token")
+
+
+def freeze_unreached(model: nn.Module, loss: LossConfig) -> None:
+    """Exclude from training what this loss never reaches: without a gradient, some ZeRO stages would still decay it."""
+    freeze_unused(model)
+    unreached: list[str] = []
+    if loss.unimodal_weight == 0:
+        unreached += ["logit_scale", "itc_text_proj.", "itc_image_proj."]
+    if loss.vl_weight == 0:
+        unreached += ["logit_vl_scale", "itc_vl_", "backbone_vl."]
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(unreached)):
+            parameter.requires_grad_(False)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:

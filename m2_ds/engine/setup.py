@@ -27,25 +27,31 @@ _OURS = {
     "bf16": "engine.precision",
     "fp16": "engine.precision",
     "torch_autocast": "engine.precision",
+    "amp": "engine.precision",
 }
 
 
 def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-    """The DeepSpeed file completed from the run's configuration. Raises ValueError that names the file and the field."""
+    """The DeepSpeed file completed from the run's configuration. Raises ValueError that names file and field."""
     path = config.engine.deepspeed
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except OSError as error:
         raise ValueError(
-            f"engine.deepspeed: no such file: {path} (paths are relative to where the job is started)"
+            f"engine.deepspeed: {path} cannot be read ({error.strerror}); paths are relative to where the job started"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"engine.deepspeed: {path} is not JSON: {error}") from None
+    stage = given.get("zero_optimization", {}).get("stage") if isinstance(given, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(
+            f'engine.deepspeed: {path} must hold {{"zero_optimization": {{"stage": 0, 1, 2 or 3, ...}}, ...}}; '
+            f"the stage found there is {stage!r}"
+        )
     for key in _OURS.keys() & given.keys():
         raise ValueError(f"{path} sets {key!r}; set {_OURS[key]} in the recipe instead and remove it there")
-    micro = config.micro_batch(mesh.data_parallel.size)
     return {
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": config.micro_batch(mesh.data_parallel.size),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": config.engine.precision == "bf16"},
@@ -55,9 +61,21 @@ def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def build_engine(model: nn.Module, config: RunConfig, mesh: Mesh) -> Any:
-    """Wrap the model: optimizer, schedule, ZeRO as the DeepSpeed file says."""
-    settings = deepspeed_config(config, mesh)
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return content
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """Of a `deepspeed_config`."""
+    return int(settings["zero_optimization"]["stage"])
+
+
+def build_engine(model: nn.Module, config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Any:
+    """Wrap the model: optimizer, schedule, ZeRO as ``settings`` (a `deepspeed_config`) say."""
     optimizer = build_optimizer(model, config.optim)
     engine, *_ = deepspeed.initialize(
         model=model.to(mesh.device),
@@ -67,8 +85,8 @@ def build_engine(model: nn.Module, config: RunConfig, mesh: Mesh) -> Any:
         dist_init_required=False,
     )
     log.info(
-        "ZeRO stage %d, %s, %d rank(s) on %s", engine.zero_optimization_stage(), config.engine.precision,
-        mesh.world_size, mesh.device.type,
+        "ZeRO stage %d, %s, %d rank(s) on %s", zero_stage(settings), config.engine.precision, mesh.world_size,
+        mesh.device.type,
     )  # fmt: skip
     return engine
 

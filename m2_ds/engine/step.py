@@ -23,14 +23,14 @@ LEVELS = ("unimodal", "vl")
 class StepResult:
     """Sums over this rank's pairs, on the device: nothing here waits for it.
 
-    ``loss``: [N, G] by level and language, ``count``: [G] captions; ``scales``: [N] exp(logit_scale); ``grad_norm``: of the
-    whole batch's gradient before clipping.
+    ``loss``: [N, G] by level and language, ``count``: [G] captions; ``scales``: [N] exp(logit_scale); ``grad_norm``: of
+    the whole batch's gradient before clipping (None where DeepSpeed was told not to compute it).
     """
 
     loss: Tensor
     count: Tensor
     scales: Tensor
-    grad_norm: Tensor | float
+    grad_norm: Tensor | float | None
 
 
 class ContrastiveStep:
@@ -56,9 +56,7 @@ class ContrastiveStep:
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         scales = torch.stack([level.logit_scale.detach().float().exp().reshape(()) for level in levels])
-        return StepResult(
-            *self._by_language(loss.by_pair, batch.language), scales, float("nan") if norm is None else norm
-        )
+        return StepResult(*self._by_language(loss.by_pair, batch.language), scales, norm)
 
     @property
     def level_names(self) -> list[str]:

@@ -1,0 +1,25 @@
+"""What can be known to fail before anything is built: found in seconds, on every rank alike."""
+
+import importlib.util
+
+from m2_ds.config import RunConfig
+from m2_ds.data.reader import open_dataset
+from m2_ds.data.text import Tokenizer, load_tokenizer
+
+
+def check(config: RunConfig) -> Tokenizer:
+    """Look at every file that the run will ask for; returns the tokenizer. Raises ValueError with a remedy."""
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError("log.wandb_project is set, but wandb is not installed: pip install wandb, or unset it")
+    tokenizer = load_tokenizer(config.tokenizer, max_length=config.model.max_text_length)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {config.model.vocab_size} is less than the {tokenizer.vocab_size} pieces of "
+            f"{config.tokenizer}; set model.vocab_size={tokenizer.vocab_size}"
+        )
+    for source in config.data.sources:
+        open_dataset(source.path).split(source.split)
+    for task in config.evaluation.tasks:
+        for split in task.splits:
+            open_dataset(task.dataset).split(split)
+    return tokenizer
