@@ -57,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the N real tokens of a padded [B, T] batch lie: ``rows`` int64 [N] into B T, ``sample`` int64 [N] into B."""
+    """Where the N real tokens of a padded [B, T] batch lie: ``rows`` int64 [N] into B T, ``sample`` into B."""
 
     rows: Tensor
     sample: Tensor
