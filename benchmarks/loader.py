@@ -36,6 +36,7 @@ from PIL import Image
 from m2_ds.data.config import AugmentConfig, DataConfig, SourceConfig
 from m2_ds.data.decode import decode
 from m2_ds.data.image import TrainTransform
+from m2_ds.data.memory import keep_freed_memory
 from m2_ds.data.shards import Caption, Record, ShardWriter, open_dataset
 from m2_ds.data.sources import scenes
 from m2_ds.data.stream import build_loader
@@ -118,6 +119,7 @@ def turn(folder: Path, tokenizer: Path, size: int, batch: int, pictures: int, ca
 def stages(folder: Path, size: int) -> dict[str, float]:
     """Microseconds a picture of what a JPEG goes through, medians over 200 pictures, and of what was not chosen."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     transform = TrainTransform(AugmentConfig(crop_scale=(0.9, 1.0), crop_ratio=(0.9, 1.1)), size, seed=0)
     split = open_dataset(folder).split("train")
     draws = transform.draws(np.arange(200))

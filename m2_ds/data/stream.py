@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from m2_ds.data import randomness
 from m2_ds.data.config import DataConfig
 from m2_ds.data.image import PictureError, TrainTransform, decode
+from m2_ds.data.memory import keep_freed_memory
 from m2_ds.data.order import Order
 from m2_ds.data.reader import Split, open_dataset
 from m2_ds.data.records import Record
@@ -255,6 +256,7 @@ def _start_worker(_: int) -> None:
 
     # Several workers share the cores: a pool of threads in each would fight the training process.
     torch.set_num_threads(1)
+    keep_freed_memory()
     pyarrow.set_cpu_count(1)
     pyarrow.set_io_thread_count(1)
 
@@ -311,6 +313,7 @@ class Loader:
                     return
 
         def work() -> None:
+            keep_freed_memory()
             try:
                 for slots in self.slots:
                     if stop.is_set():

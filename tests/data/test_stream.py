@@ -90,6 +90,7 @@ def test_ranks_and_micro_batches_cut_the_same_global_batch(
             assert [row for part in parts for batch in part[mine] for row in rows(batch)] == reference[start + step]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(folder: Path, reference: list[list[tuple[Any, ...]]], workers: int) -> None:
     assert [rows(batch) for batch in batches(config(folder, workers=workers), 6)] == reference

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from m2_ds.data.memory import keep_freed_memory
 from m2_ds.data.progress import track
 
 Item = TypeVar("Item")
@@ -52,7 +53,7 @@ def _in_processes(
     chunks = iter(items)
     pending: deque[Future[list[Result]]] = deque()
     # Started afresh, not forked: a copy of a process with running threads may hang.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), keep_freed_memory) as pool:
         while True:
             while len(pending) < 4 * workers and (some := list(islice(chunks, chunk))):
                 pending.append(pool.submit(_over, function, some))
