@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m2_ds.convert.canonical import read_config, read_weights, weight_files
 from m2_ds.convert.release import find_release_config, read_release
-from m2_ds.convert.run_folder import CHECKPOINTS, MODEL, newest_good
+from m2_ds.convert.run_folder import CHECKPOINTS, CHECKSUMS, MODEL, newest_good, verify
 from m2_ds.data.image import EvalTransform
 from m2_ds.data.text import Tokenizer, load_tokenizer
 from m2_ds.model.config import PRESETS, M2EncoderConfig
@@ -79,10 +79,12 @@ def resolve(path: Path) -> Path:
     if not path.exists():
         raise ValueError(f"{path} does not exist and is no preset ({', '.join(PRESETS)})")
     if (path / CHECKPOINTS).is_dir():
-        newest = newest_good(path / CHECKPOINTS)
+        newest = newest_good(path / CHECKPOINTS, part=f"{MODEL}/")
         if newest is None:
             raise ValueError(f"{path} is a run folder without a good checkpoint")
         path = newest
+    elif (path / CHECKSUMS).exists():
+        verify(path, part=f"{MODEL}/")
     if (path / MODEL).is_dir():
         path = path / MODEL
     weight_files(path)
