@@ -161,7 +161,7 @@ class RunConfig(Settings):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe. ``overrides``: ``optim.lr=1e-3``; values as in YAML, list items by number (``data.sources.0.path``).
+    """Read a recipe. ``overrides``: ``optim.lr=1e-3``; values as in YAML, list items by number (``data.sources.0``).
 
     Raises ValueError that names the file, the field, its value and what would be accepted.
     """

@@ -27,6 +27,7 @@ from m2_ds.convert.run_folder import (
 )
 from m2_ds.data.text import Tokenizer
 from m2_ds.engine.resume import data_digests, layout
+from m2_ds.engine.setup import low_and_master
 from m2_ds.files import publish, sha256, sync, write_atomically, write_json
 from m2_ds.model.weights import to_canonical
 from m2_ds.parallel.collectives import all_gather_objects, all_reduce_sum, barrier, broadcast_object
@@ -87,7 +88,7 @@ def _write(engine: Any, folder: Path, step: int, config: RunConfig, tokenizer: T
         (aside / ENGINE).mkdir()
     barrier(mesh.data_parallel)
     engine.save_checkpoint(str(aside / ENGINE), tag=ENGINE_TAG, save_latest=False)
-    _write_model(engine.module, aside / MODEL, config, tokenizer, mesh)
+    _write_model(engine, aside / MODEL, config, tokenizer, mesh)
     if mesh.is_first:
         write_atomically(aside / SETTINGS, config.to_yaml().encode())
         state = {
@@ -117,12 +118,12 @@ def _seal(path: Path) -> str:
     return sha256(path)
 
 
-def _write_model(module: nn.Module, folder: Path, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
+def _write_model(engine: Any, folder: Path, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
     sizes = canonical_bytes(
-        (item for name, shape in _shapes(module) for item in to_canonical(name, torch.empty(shape, device="meta"))),
+        (item for name, shape in _shapes(engine.module) for item in to_canonical(name, torch.empty(shape, device="meta"))),
         torch.float32,
     )
-    entries = _full_entries(module)
+    entries = _full_entries(engine)
     if mesh.is_first:
         write_weights(folder, sizes, entries)
         write_config(folder, config.model)
@@ -137,12 +138,14 @@ def _shapes(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
         yield name, getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _full_entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _full_entries(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Every canonical weight in fp32, one at a time: the optimizer's master copy where a weight trains."""
     from deepspeed.runtime.zero import GatheredParameters
 
-    for name, parameter in module.named_parameters():
+    masters = dict(low_and_master(engine.optimizer))
+    for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        full = masters.get(parameter, full)
         if full is not None:
             yield from to_canonical(name, full.reshape(getattr(parameter, "ds_shape", parameter.shape)))
         elif hasattr(parameter, "ds_shape"):

@@ -108,9 +108,7 @@ class Monitor:
             self.skipped_in_all.update(counts)
         numbers["skipped"] = dict(self.skipped_in_all)
         if self.sinks:
-            self.sinks.write(
-                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
-            )
+            self.sinks.write(numbers)
         # DeepSpeed's own mark of a norm that is not finite is inf or -1, by stage; some stages then leave the step out.
         bad = [done - len(norms) + i + 1 for i, norm in enumerate(norms) if not 0 <= norm < math.inf]
         if bad or not math.isfinite(numbers["loss"]):
@@ -154,7 +152,9 @@ class _Sinks:
         self.progress.start()
 
     def write(self, numbers: dict[str, Any]) -> None:
-        self.file.write(json.dumps(numbers, ensure_ascii=False) + "\n")
+        # JSON has no NaN.
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.file.flush()
         self.scalars(numbers["step"], {k: v for k, v in numbers.items() if isinstance(v, int | float)})
         if numbers["skipped"]:

@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from m2_ds.config import RunConfig
@@ -84,11 +86,30 @@ def build_engine(model: nn.Module, config: RunConfig, settings: dict[str, Any], 
         config=settings,
         dist_init_required=False,
     )
+    _undo_first_step(engine.optimizer)
     log.info(
         "ZeRO stage %d, %s, %d rank(s) on %s", zero_stage(settings), config.engine.precision, mesh.world_size,
         mesh.device.type,
     )  # fmt: skip
     return engine
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """DeepSpeed's bf16 optimizer without ZeRO takes a step with zero gradients to allocate its state.
+
+    That step decays every weight and counts in Adam's bias correction; no other stage does it.
+    """
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for low, master in low_and_master(optimizer):
+            master.data.copy_(low.data)
+            optimizer.optimizer.state[master]["step"].zero_()
+
+
+def low_and_master(optimizer: Any) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Weights and their fp32 master copies where DeepSpeed trains low precision without ZeRO; else nothing."""
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for low, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups):
+            yield from zip(low, masters)
 
 
 def set_threads(config: RunConfig) -> int:

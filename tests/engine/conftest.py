@@ -2,14 +2,18 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from m2_ds.data.shards import Caption, Record, ShardWriter
 from m2_ds.data.text_train import train as train_tokenizer
+from m2_ds.engine.setup import quiet
+from m2_ds.parallel.mesh import Mesh
 
 COLOURS = {
     "red": ("红色", (230, 30, 30)),
@@ -21,6 +25,7 @@ COLOURS = {
 }
 SHAPES = {"circle": "圆形", "square": "正方形", "bar": "长条", "cross": "十字"}
 TRAIN, TEST = 72, 26
+LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def picture(colour: str, shape: str, number: int) -> bytes:
@@ -141,3 +146,18 @@ def broken_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             whole = record(number, "train")
             writer.add("train", record(number, "train", whole.image[:60]) if number % 9 == 0 else whole)
     return folder
+
+
+@pytest.fixture(scope="module")
+def solo() -> Iterator[Mesh]:
+    """A job of one process, in this process. Not for ZeRO-3, which changes torch's linear layer for good."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCHER_SETS:
+            patch.setenv(name, "")  # so that what is set below is taken back at the end
+            patch.delenv(name)
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(1)
+        quiet()
+        mesh = Mesh.start(timeout_minutes=2)
+        yield mesh
+        mesh.stop()
