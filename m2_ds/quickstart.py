@@ -1,7 +1,6 @@
 """The README's first command: data, tokenizer, training, evaluation and the page, each step reused when it is there."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -46,7 +45,7 @@ def quickstart(
     ranks = ranks or launch.ranks_of_this_machine()
     recipe = RECIPES / f"{data}.yaml"
     _stage(1, "data", _build_data, data)
-    _stage(2, "tokenizer", _train_tokenizer)
+    _stage(2, "tokenizer", _train_tokenizer, data)
     run = folder / f"{data}-{minutes:g}min-seed{seed}"
     steps = _stage(3, "measure this machine", _steps, run, recipe, minutes, ranks)
     _stage(4, "train", _train, run, recipe, steps, seed, ranks)
@@ -80,16 +79,16 @@ def _build_data(data: str) -> None:
         scenes.build(out)
 
 
-def _train_tokenizer() -> None:
+def _train_tokenizer(data: str) -> None:
     from m2_ds.data.text import load_tokenizer
     from m2_ds.data.text_train import train
 
-    out = Path("data/tokenizer")
+    out = Path(f"data/tokenizer-{data}")
     if (out / "tokenizer_config.json").exists():
         _say(f"{out} is there: {load_tokenizer(out).vocab_size} pieces")
     else:
-        vocab_size = yaml.safe_load((RECIPES / "emoji.yaml").read_text())["model"]["vocab_size"]
-        train(out, vocab_size=vocab_size, quick=True, threads=len(os.sched_getaffinity(0)))
+        vocab_size = yaml.safe_load((RECIPES / f"{data}.yaml").read_text())["model"]["vocab_size"]
+        train(out, dataset=(Path("data") / data,), vocab_size=vocab_size, quick=True)
 
 
 def _steps(run: Path, recipe: Path, minutes: float, ranks: int) -> int:

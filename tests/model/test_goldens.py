@@ -87,7 +87,9 @@ def test_hidden_states_fp32() -> None:
     model.encode_text(inputs["text_ids"], inputs["text_masks"])
     valid = inputs["text_masks"].bool()
     for key, value in seen.items():
-        assert_close(value[valid], want[f"text.{key}"][valid], **HIDDEN)
+        # Layers see captions packed; a stack gives them back padded.
+        value = value[valid] if key.endswith("final_norm") else value[0, : int(valid.sum())]
+        assert_close(value, want[f"text.{key}"][valid], **HIDDEN)
 
 
 @torch.no_grad()
@@ -125,7 +127,6 @@ def test_joint_paths() -> None:
     n = len(inputs["image"])
     ids, mask = inputs["text_ids"][:n], inputs["text_masks"][:n]
     valid = want["joint.encoder_padding_mask"] == 0
-    split = inputs["image"].shape[0] and model.config.num_patches + 1
     hidden = model.joint_hidden(inputs["image"], ids, mask)
     assert_close(hidden[valid], want["joint.backbone.final_norm"][valid], **HIDDEN)
     assert_close(model.fuse(inputs["image"], ids, mask)[valid], want["joint.vl_split"][valid], **HIDDEN)
@@ -134,7 +135,6 @@ def test_joint_paths() -> None:
     assert_close(causal[valid], want["joint.causal_backbone"][valid], **HIDDEN)
     masked = model.image_hidden(inputs["image"], inputs["joint_vision_masked_position"].bool())
     assert_close(masked, want["joint.masked_image_backbone"], **HIDDEN)
-    assert split == 5
 
 
 @torch.no_grad()
