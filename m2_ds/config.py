@@ -16,12 +16,15 @@ from m2_ds.schema import Settings
 
 
 class ParameterRule(Settings):
-    """What differs for parameters whose name matches. Names are the canonical ones (those of the state dict)."""
+    """What differs for parameters whose name matches. Names are the canonical ones (those of the state dict).
+
+    A field that is not set leaves what earlier rules, or none, decided.
+    """
 
     pattern: str = Field(description=r"regular expression, searched in the name: 'backbone\.encoder\..*\.B\.'")
-    lr_scale: float = Field(1.0, ge=0, description="factor on the learning rate")
+    lr_scale: float | None = Field(None, ge=0, description="factor on the learning rate")
     weight_decay: float | None = Field(None, ge=0, description="instead of optim.weight_decay")
-    freeze: bool = Field(False, description="do not train these")
+    freeze: bool | None = Field(None, description="true: do not train these; false: an exception from an earlier rule")
 
     @field_validator("pattern")
     @classmethod
@@ -49,7 +52,9 @@ class OptimConfig(Settings):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    rules: list[ParameterRule] = Field(default_factory=list, description="applied in order; the last match decides")
+    rules: list[ParameterRule] = Field(
+        default_factory=list, description="applied in order; the last that matches and sets a field decides"
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     max_logit_scale: float = Field(100.0, gt=0, description="exp(logit_scale) is clamped to this after each step")
     schedule: ScheduleConfig = ScheduleConfig()

@@ -120,7 +120,11 @@ def _seal(path: Path) -> str:
 
 def _write_model(engine: Any, folder: Path, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
     sizes = canonical_bytes(
-        (item for name, shape in _shapes(engine.module) for item in to_canonical(name, torch.empty(shape, device="meta"))),
+        (
+            item
+            for name, shape in _shapes(engine.module)
+            for item in to_canonical(name, torch.empty(shape, device="meta"))
+        ),
         torch.float32,
     )
     entries = _full_entries(engine)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,29 +42,36 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
         for i in matching:
             hits[i] += 1
         rules = [config.rules[i] for i in matching]
-        if any(rule.freeze for rule in rules):
+        if _last_set(rules, "freeze"):
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             ceiling = math.log(config.max_logit_scale) if name in LOGIT_SCALES else None
-            key = (_lr_scale(rules), _decay(name, parameter, config, rules), ceiling)
+            scale, decay = _last_set(rules, "lr_scale"), _last_set(rules, "weight_decay")
+            key = (
+                1.0 if scale is None else scale,
+                _decay(name, parameter, config) if decay is None else decay,
+                ceiling,
+            )
             groups.setdefault(key, []).append(parameter)
     for rule, count in zip(config.rules, hits):
         if count == 0:
-            raise ValueError(f"optim.rules: no parameter's name matches {rule.pattern!r}; names are the state dict's")
+            raise ValueError(
+                f"optim.rules: no weight's name matches '{rule.pattern}'. Names look like "
+                "backbone.encoder.layers.0.self_attn.q_proj.A.weight; docs/training.md lists them"
+            )
+    if not groups:
+        raise ValueError("optim.rules freeze every weight: there is nothing to train")
     return [
         {"params": parameters, "lr": config.lr * scale, "weight_decay": decay, "ceiling": ceiling}
         for (scale, decay, ceiling), parameters in groups.items()
     ]
 
 
-def _lr_scale(rules: list[ParameterRule]) -> float:
-    return rules[-1].lr_scale if rules else 1.0
+def _last_set(rules: list[ParameterRule], field: str) -> Any:
+    return next((value for rule in reversed(rules) if (value := getattr(rule, field)) is not None), None)
 
 
-def _decay(name: str, parameter: nn.Parameter, config: OptimConfig, rules: list[ParameterRule]) -> float:
-    set_by_rule = [rule.weight_decay for rule in rules if rule.weight_decay is not None]
-    if set_by_rule:
-        return set_by_rule[-1]
+def _decay(name: str, parameter: nn.Parameter, config: OptimConfig) -> float:
     plain = parameter.dim() < 2 or any(part in name for part in _NOT_DECAYED)
     return 0.0 if plain else config.weight_decay
 
