@@ -229,6 +229,19 @@ def test_zoom_and_shift_move_by_their_shares_and_show_the_fill() -> None:
     assert columns.max() > 10
 
 
+def test_the_centre_moves_by_the_shift_whatever_the_rotation() -> None:
+    pixels = np.full((101, 101, 3), 255, dtype=np.uint8)
+    pixels[47:54, 47:54] = 0
+    options = {"degrees": 90.0, "translate": 0.25, "shear": 10.0, "scale": (0.8, 1.2)}
+    transform = TrainTransform(AugmentConfig(**options), 101, seed=0)
+    for slot in range(20):
+        draw = transform.draws(np.array([slot]))[0]
+        dark = 255 - one(pixels, 101, slot, **options)[0].float()
+        y, x = torch.meshgrid(torch.arange(101.0), torch.arange(101.0), indexing="ij")
+        shift = [((dark * axis).sum() / dark.sum()).item() / 101 + 0.5 / 101 - 0.5 for axis in (x, y)]
+        assert shift == pytest.approx([0.25 * (2 * draw[k] - 1) for k in (7, 8)], abs=0.01)
+
+
 def test_warping_shrinks_without_aliasing() -> None:
     # Stripes too fine for the target must become grey, not patterns.
     pixels = np.zeros((256, 256, 3), dtype=np.uint8)

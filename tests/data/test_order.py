@@ -73,6 +73,20 @@ def test_seeds_epochs_and_sources_are_shuffled_differently() -> None:
     assert all(order != sorted(order) for order in orders)
 
 
+@pytest.mark.parametrize("sizes", [[200], [1] * 200], ids=["rows", "row groups"])
+def test_rows_and_row_groups_are_both_shuffled_anew(sizes: list[int]) -> None:
+    def rows(seed: int, source: int, epoch: int) -> tuple[int, ...]:
+        order = SourceOrder(sizes, seed=seed, source=source, groups=1)
+        return tuple(order(np.arange(200) + 200 * epoch)[1].tolist())
+
+    assert len({rows(0, 0, 0), rows(1, 0, 0), rows(0, 1, 0), rows(0, 0, 1)}) == 4
+
+
+def test_mixing_windows_are_shuffled_differently() -> None:
+    order = Order([[50], [50]], [1, 1], seed=0, window=64, groups=1)
+    assert len({tuple(order(np.arange(64) + 64 * k).source.tolist()) for k in range(10)}) == 10
+
+
 def test_shuffling_stays_within_a_few_row_groups_but_mixes_them() -> None:
     order = SourceOrder([50] * 20, seed=0, source=0, groups=5)
     _, rows = order(np.arange(1000))

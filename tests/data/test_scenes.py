@@ -136,6 +136,12 @@ def test_a_data_set_is_equal_from_run_to_run_and_in_any_number_of_processes(tmp_
     assert open_dataset(tmp_path / "other").split("train").read([0])[0].captions != record.captions
 
 
+def test_no_graph_is_in_two_splits() -> None:
+    graphs = {split: {scenes.draw_scene(0, split, k).identity() for k in range(2000)} for split in scenes._SPLITS}
+    for one, other in combinations(graphs.values(), 2):
+        assert not one & other
+
+
 def test_what_is_there_is_kept_and_something_else_refused(tmp_path: Path) -> None:
     scenes.build(tmp_path, train=5, val=0, test=0, size=32, workers=1)
     before = (tmp_path / "manifest.json").stat().st_mtime_ns

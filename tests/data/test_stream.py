@@ -271,3 +271,17 @@ def test_workers_start_soon(folder: Path) -> None:
     start = time.monotonic()
     batches(config(folder, workers=2), 1)
     assert time.monotonic() - start < 20
+
+
+def test_groups_of_different_sets_are_different_and_their_numbers_fixed() -> None:
+    assert group_id("a", "x") != group_id("b", "x")
+    assert group_id("a", "x") == 196617287793225106
+    assert max(group_id("a", str(k)) for k in range(1000)) < 2**63
+
+
+def test_substitutes_come_from_all_over_the_source(tmp_path: Path) -> None:
+    make_dataset(tmp_path, 60, change=lambda number, made: replace(made, image=b"x") if number < 30 else made)
+    found = batches(config(tmp_path, sources=[SourceConfig(path=tmp_path)]), 30)
+    keys = Counter(key for batch in found for key in batch.keys)
+    assert len(keys) == 30
+    assert max(keys.values()) < 24  # 240 pairs over 30 usable rows: 8 each on average
