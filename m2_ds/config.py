@@ -1,9 +1,10 @@
 """The whole run as one typed tree, from a YAML file and dotted overrides, with every check that needs no GPU."""
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -11,8 +12,10 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from m2_ds.data.config import DataConfig
 from m2_ds.evaluation.config import EvaluationConfig
 from m2_ds.loss.config import LossConfig
-from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.config import PRESETS, M2EncoderConfig
 from m2_ds.schema import Settings
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class ParameterRule(Settings):
@@ -45,11 +48,14 @@ class ScheduleConfig(Settings):
     final_scale: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of optim.lr")
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Settings):
     """AdamW (arXiv 1711.05101). Weight matrices and kernels decay; biases, norms, scales and positions never do."""
 
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     rules: list[ParameterRule] = Field(
@@ -117,7 +123,10 @@ class RunConfig(Settings):
     def _preset(cls, value: Any) -> Any:
         if isinstance(value, dict) and "preset" in value:
             changes = dict(value)
-            return M2EncoderConfig.preset(changes.pop("preset"), **changes)
+            name = changes.pop("preset")
+            if name not in PRESETS:
+                raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+            return {**PRESETS[name], **changes}
         return value
 
     @field_validator("data", mode="before")
@@ -187,13 +196,48 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def explain(error: ValidationError, where: str) -> str:
-    """One line a wrong field: its dotted name, what is wrong, and the value."""
+    """One line a wrong field: its dotted name, its value, what is wrong and what would be accepted."""
+    root = EvaluationConfig if error.title == "EvaluationConfig" else RunConfig
     lines = [f"{where}: {error.error_count()} wrong field{'s' * (error.error_count() > 1)}"]
     for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
-        value = "" if item["type"] in ("missing", "value_error") and len(repr(item["input"])) > 80 else item["input"]
-        lines.append(f"  {name}: {item['msg']}" + (f" (got {value!r})" if value != "" else ""))
+        block, parts = _walk(root, item["loc"])
+        name = ".".join(parts) or "(whole configuration)"
+        message = item["msg"].removeprefix("Value error, ")
+        value = repr(item["input"])
+        shown = f" (got {value})" if len(value) <= 80 and item["type"] != "missing" else ""
+        if item["type"] == "extra_forbidden" and block:
+            close = difflib.get_close_matches(parts[-1], block.model_fields, n=1)
+            guess = f"did you mean {close[0]}? " if close else ""
+            message, shown = f"there is no such field; {guess}here are {', '.join(block.model_fields)}", ""
+        elif item["type"] == "missing" and block and parts[-1] in block.model_fields:
+            message = f"must be given: {block.model_fields[parts[-1]].description or parts[-1]}"
+        lines.append(f"  {name}: {message}{shown}")
     return "\n".join(lines)
+
+
+def _walk(root: type[Settings], loc: Sequence[int | str]) -> tuple[type[Settings] | None, list[str]]:
+    """The block that holds the field at a place of a pydantic error, and the field's name in parts.
+
+    pydantic puts the kind of a task among the parts; it is no field and left out.
+    """
+    blocks, holder, parts = [root], None, []
+    for part in loc:
+        if isinstance(part, str) and len(blocks) > 1 and part in [b.model_fields["kind"].default for b in blocks]:
+            blocks = [b for b in blocks if b.model_fields["kind"].default == part]
+            continue
+        parts.append(str(part))
+        if isinstance(part, str):
+            holder = blocks[0] if blocks else None
+            field = holder.model_fields.get(part) if holder else None
+            blocks = _blocks(field.annotation) if field else []
+    return holder, parts
+
+
+def _blocks(annotation: Any) -> list[type[Settings]]:
+    """The configuration blocks in a type such as list[Annotated[A | B, ...]]."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [block for inner in get_args(annotation) for block in _blocks(inner)]
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -211,24 +255,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             node = node[part]
         if not isinstance(node, dict | list):
             raise ValueError(f"override {override!r}: {part!r} is a value, it has no fields")
-    value = _number(yaml.safe_load(text)) if text else None
+    value = _value(text, override)
     if isinstance(node, list):
         node[_position(node, last, override)] = value
     else:
         node[last] = value
 
 
+def _value(text: str, override: str) -> Any:
+    if _NUMBER.fullmatch(text):  # YAML 1.1 takes 1e-3 for text
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not YAML ({error})".replace("\n", " ")) from None
+
+
 def _position(items: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
         raise ValueError(f"override {override!r}: {part!r} is not an item of a list of {len(items)}; count from 0")
     return int(part)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

@@ -27,6 +27,7 @@ _OURS = {
     "optimizer": "optim",
     "scheduler": "optim.schedule",
     "bf16": "engine.precision",
+    "bfloat16": "engine.precision",
     "fp16": "engine.precision",
     "torch_autocast": "engine.precision",
     "amp": "engine.precision",
@@ -44,7 +45,8 @@ def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ValueError(f"engine.deepspeed: {path} is not JSON: {error}") from None
-    stage = given.get("zero_optimization", {}).get("stage") if isinstance(given, dict) else None
+    zero = given.get("zero_optimization") if isinstance(given, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
         raise ValueError(
             f'engine.deepspeed: {path} must hold {{"zero_optimization": {{"stage": 0, 1, 2 or 3, ...}}, ...}}; '
