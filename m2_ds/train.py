@@ -7,6 +7,7 @@ A batch comes from `data`, goes through `model`, meets its negatives in `loss`, 
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         train(load_config(options.config, options.overrides))
     except (ValueError, FloatingPointError) as error:
-        _tell(error)
+        _tell(str(error))
         raise SystemExit(2) from error
+    except RuntimeError as error:
+        lost = re.search("Connection (closed|reset) by peer", str(error))
+        if not lost:
+            raise
+        _tell(f"another rank has ended, and told its reason above if it could ({lost[0]})")
+        raise SystemExit(1) from error
 
 
 def train(config: RunConfig) -> None:
@@ -90,8 +97,8 @@ def run(config: RunConfig, mesh: "Mesh") -> None:
         Trainer(engine, config, mesh, tokenizer, evaluate).run(start)
 
 
-def _tell(error: Exception) -> None:
-    """A wrong setting is told in one paragraph.
+def _tell(message: str) -> None:
+    """What a user can do something about is told in one paragraph.
 
     Most errors are found by every rank; the first tells them, and the launcher ends the others before they repeat it.
     What only one of the others has found is told, too.
@@ -99,7 +106,7 @@ def _tell(error: Exception) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(REPEAT_AFTER_S)
-    print(f"m2_ds.train{f', rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    print(f"m2_ds.train{f', rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

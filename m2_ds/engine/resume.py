@@ -66,13 +66,19 @@ def check(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, now: dict[s
     ``now``: this job's `layout`. Raises ValueError that names what differs and what to do instead. Changes that only
     make the rest of the run another one than it would have been are allowed, and told.
     """
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        before = _flat(yaml.safe_load((checkpoint / SETTINGS).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{checkpoint} holds no {Path(error.filename).name}, so another version of m2_ds wrote it. Start a new run "
+            f"folder (folder=...) with init_from={checkpoint / MODEL}"
+        ) from None
     if state["layout"] != now:
         raise ValueError(
             f"{checkpoint} was written under {_words(state['layout'])}, this job runs {_words(now)}. Start it with the "
             f"same number of ranks and ZeRO stage, or start a new run folder with init_from={checkpoint / MODEL}"
         )
-    before = _flat(yaml.safe_load((checkpoint / SETTINGS).read_text(encoding="utf-8")))
     after = _flat(config.model_dump(mode="json"))
     differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     told = {name: f"{name} was {before.get(name)!r}, is now {after.get(name)!r}" for name in differing}

@@ -1,12 +1,13 @@
 """The training loop: batches in, updates out, and what happens between them."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, cast
 
 from m2_ds.config import RunConfig
-from m2_ds.data.stream import build_loader
+from m2_ds.data.stream import PairBatch, build_loader
 from m2_ds.data.text import Tokenizer
 from m2_ds.engine import checkpoint
 from m2_ds.engine.monitor import Monitor
@@ -47,16 +48,17 @@ class Trainer:
                 self._evaluate(start, monitor)  # the job ended between this checkpoint and its evaluation
             if start >= config.steps:
                 return
-            batches = iter(loader)
             self.engine.train()
-            for step in range(start, config.steps):
-                asked = time.perf_counter()
-                batch = next(batches).to(mesh.device)
-                waited = time.perf_counter() - asked
-                monitor.add(step, batch, self.step(batch), waited)
-                paused = time.perf_counter()
-                self._between(step + 1, monitor)
-                monitor.pause(time.perf_counter() - paused)
+            # Closed on an error, too: a loader that still works while Python goes down may abort the process.
+            with contextlib.closing(cast(Generator[PairBatch, None, None], iter(loader))) as batches:
+                for step in range(start, config.steps):
+                    asked = time.perf_counter()
+                    batch = next(batches).to(mesh.device)
+                    waited = time.perf_counter() - asked
+                    monitor.add(step, batch, self.step(batch), waited)
+                    paused = time.perf_counter()
+                    self._between(step + 1, monitor)
+                    monitor.pause(time.perf_counter() - paused)
 
     def _between(self, done: int, monitor: Monitor) -> None:
         """Checkpoint and evaluation, where step number ``done`` (from 1) calls for them."""

@@ -1,0 +1,37 @@
+"""m2_ds.train with a fault on rank 1 only, named by M2_FAULT: what a launcher starts in test_launch.py."""
+
+import os
+import resource
+from typing import Any
+
+from m2_ds import train
+from m2_ds.engine import checkpoint
+from m2_ds.engine.step import ContrastiveStep
+
+
+def install(fault: str) -> None:
+    step, write = ContrastiveStep.__call__, checkpoint._write
+    done = 0
+
+    def failing_step(self: ContrastiveStep, batch: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 3 and fault == "value":
+            raise ValueError("slot 41: no usable pair in 11 tries")
+        if done == 3 and fault == "crash":
+            raise RuntimeError("something that nobody thought of")
+        return step(self, batch)
+
+    def full_disk(*arguments: Any) -> Any:
+        if fault == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        return write(*arguments)
+
+    ContrastiveStep.__call__ = failing_step  # type: ignore[method-assign]
+    checkpoint._write = full_disk
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1":
+        install(os.environ["M2_FAULT"])
+    train.main()
