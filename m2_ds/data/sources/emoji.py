@@ -261,7 +261,7 @@ def build(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> Dataset:
-    """Fetch the packages (into OUT/packages, about 45 MB), rasterise, and write the shards.
+    """Fetch the packages (into OUT/packages, 42 MB), rasterise, and write the shards.
 
     A folder that holds a finished set is left as it is, unless `overwrite`.
 
