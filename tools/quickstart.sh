@@ -17,8 +17,11 @@ stamp=.venv/requirements.installed
 if ! cmp -s requirements.txt "$stamp"; then
     echo "[0/5] environment: installing requirements.txt into .venv (about 1.5 GB, 1 to 2 minutes)"
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar on -r requirements.txt
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e . --no-deps
+    pip=(.venv/bin/python -m pip install --disable-pip-version-check)
+    # One line a package; what pip says beside it is shown only if it fails.
+    "${pip[@]}" -r requirements.txt 2> .venv/pip.log | grep --line-buffered -E '^(Collecting|Installing|Successfully)' ||
+        { cat .venv/pip.log >&2; exit 1; }
+    "${pip[@]}" --quiet -e . --no-deps 2>> .venv/pip.log || { cat .venv/pip.log >&2; exit 1; }
     cp requirements.txt "$stamp"
 fi
 exec .venv/bin/m2 quickstart "$@"
