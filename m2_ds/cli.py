@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("m2_ds.commands:evaluate", "retrieval, zero-shot and probes of a model, as JSON and a page"),
     "embed": ("m2_ds.commands:embed", "write embeddings of a data set's pictures and captions to Parquet"),
     "report": ("m2_ds.commands:report", "write a run folder's page again"),
-    "data emoji": ("m2_ds.data.sources.emoji:build", "fetch and build the emoji set: eight styles, two languages"),
+    "data emoji": ("m2_ds.data.sources.emoji:build", "fetch and build the emoji set: seven styles, two languages"),
     "data scenes": ("m2_ds.data.sources.scenes:build", "generate scenes with exact hard negatives"),
     "data tar": ("m2_ds.data.sources.tar:convert", "webdataset tars to shards"),
     "data jsonl": ("m2_ds.data.sources.jsonl:convert", "JSONL and a picture folder to shards"),
