@@ -118,7 +118,7 @@ def _train(run: Path, recipe: Path, steps: int, seed: int, ranks: int) -> None:
         _say(f"{run} is trained: {steps} steps")
         return
     warmup = max(1, min(100, steps // 10))
-    every = max(10, steps // 4)
+    every = max(10, -(-steps // 4))
     settings = [f"folder={run}", f"steps={steps}", f"seed={seed}", f"optim.schedule.warmup_steps={warmup}"]
     _launch(recipe, ranks, [*settings, f"evaluation.every={every}", f"checkpoint.every={every}"])
 
