@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,16 +149,27 @@ def broken_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def solo() -> Iterator[Mesh]:
-    """A job of one process, in this process. Not for ZeRO-3, which changes torch's linear layer for good."""
+@pytest.fixture(scope="session")
+def _job_of_one() -> Iterator[tuple[Mesh, dict[str, str]]]:
+    """One for all test files: DeepSpeed keeps its process groups for good. And what it put into the environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name in LAUNCHER_SETS:
-            patch.setenv(name, "")  # so that what is set below is taken back at the end
+            patch.setenv(name, "")  # so that what is set below is taken back
             patch.delenv(name)
         patch.setenv("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(1)
         quiet()
         mesh = Mesh.start(timeout_minutes=2)
+        environment = {name: os.environ[name] for name in LAUNCHER_SETS}
+    yield mesh, environment
+    mesh.stop()
+
+
+@pytest.fixture(scope="module")
+def solo(_job_of_one: tuple[Mesh, dict[str, str]]) -> Iterator[Mesh]:
+    """A job of one process, in this process. Not for ZeRO-3, which changes torch's linear layer for good."""
+    mesh, environment = _job_of_one
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
         yield mesh
-        mesh.stop()
