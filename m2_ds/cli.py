@@ -7,7 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 # Words of the command, where its function lives, what it does.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -59,7 +59,7 @@ def _complain(prog: str, error: ValueError) -> int:
     return 2
 
 
-def _help(words: list[str]) -> None:
+def _help(words: list[str]) -> NoReturn:
     asked = not words or words[0] in ("-h", "--help")
     group = words[0] if words and any(n.startswith(f"{words[0]} ") for n in COMMANDS) else None
     shown = {n: text for n, (_, text) in COMMANDS.items() if group is None or n.startswith(f"{group} ")}

@@ -35,7 +35,8 @@ FLOORS: dict[str, int] = {
 # Arrows on one floor: the run's configuration is put together from the rooms' own blocks, the door to Python reads what
 # convert wrote, and the console starts everything else.
 ALONG_A_FLOOR = {("config", "evaluation"), ("api", "convert")}
-ALONG_A_FLOOR |= {("cli", "train"), ("cli", "launch"), ("cli", "quickstart"), ("quickstart", "launch"), ("commands", "launch")}
+ALONG_A_FLOOR |= {("cli", "train"), ("cli", "launch"), ("cli", "quickstart")}
+ALONG_A_FLOOR |= {("quickstart", "launch"), ("commands", "launch")}
 # Down, but not meant: a model file holds mathematics, and so does a loss.
 NOT_DOWN = {("model", "data"), ("loss", "data")}
 

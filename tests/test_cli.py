@@ -64,7 +64,7 @@ def test_evaluation_recipes_can_be_read() -> None:
         _evaluation_block(ROOT / "ds_configs/zero1.json")
 
 
-def test_tools_answer_help() -> None:
-    for script in sorted((ROOT / "tools").glob("*.py")):
-        done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0 and "usage" in done.stdout, script
+@pytest.mark.parametrize("script", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_tools_answer_help(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "usage" in done.stdout

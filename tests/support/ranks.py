@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import queue
 import socket
 import time
@@ -50,7 +51,7 @@ def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
             continue
         if error is not None:
             raise RuntimeError(f"rank {rank} failed:\n{error}")
-        found[rank] = value
+        found[rank] = pickle.loads(value)
     return [found[rank] for rank in range(len(processes))]
 
 
@@ -68,7 +69,8 @@ def _rank(rank: int, world_size: int, port: int, results: Any, function: Callabl
 
         quiet()
         mesh = Mesh.start(timeout_minutes=2)
-        value = function(mesh, *arguments)
+        # Bytes, because a queue sends tensors as open files, which are gone with the process that sent them.
+        value = pickle.dumps(function(mesh, *arguments))
         mesh.stop()
         results.put((rank, value, None))
     except BaseException:
