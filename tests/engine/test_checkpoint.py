@@ -259,6 +259,15 @@ def test_a_job_killed_while_it_writes_goes_on_from_the_older_checkpoint(
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08}" for step in (2, 4, 6)]
 
 
+def test_what_killed_jobs_left_behind_is_removed(copy: Path, again: Callable[..., None]) -> None:
+    left = [copy / "checkpoints" / name for name in (".step-00000005.part", ".step-00000003.removed")]
+    for folder in left:
+        shutil.copytree(copy / "checkpoints/step-00000002", folder)
+    again()
+    assert not any(folder.exists() for folder in left)
+    assert sorted(checkpoint_steps(copy / "checkpoints")) == [2, 4, 6]
+
+
 def test_a_second_job_on_the_folder_is_refused(solo: Mesh, copy: Path, again: Callable[..., None]) -> None:
     with claim(copy, solo), pytest.raises(ValueError, match="another job is writing to"):
         again()
