@@ -37,7 +37,7 @@ ENGINE_TAG = "state"
 
 
 def save(engine: Any, step: int, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> Path:
-    """Write the run folder's ``checkpoints/step-XXXXXXXX`` and remove what need not be kept; every rank calls it.
+    """Write the run folder's ``checkpoints/step-00001000`` and remove what need not be kept; every rank calls it.
 
     Nothing of that name is visible before it is complete. Raises FloatingPointError for weights that are not finite and
     ValueError where the files cannot be written; the checkpoints from before stay as they are.

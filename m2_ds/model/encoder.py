@@ -14,6 +14,7 @@ from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.multiway import ALL_A, ALL_B, Multiway, MultiwayLayer, Packing, layer_norm
 from m2_ds.model.random import Noise
 from m2_ds.model.stem import ConvStem, PatchProjection
+from m2_ds.model.weights import register_canonical_names
 
 POSITION_OFFSET = 2  # fairseq's: row 0 and 1 of a position table are never read
 _PATCH_DROP_DECISION = 1 << 20  # outside the range that layers number theirs in
@@ -180,9 +181,6 @@ class M2Encoder(nn.Module):
         self.itc_image_proj = Head(width, embed)
         self.itc_vl_text_proj = Head(width, embed)
         self.itc_vl_image_proj = Head(width, embed)
-        # Imported here: weights.py knows this class.
-        from m2_ds.model.weights import register_canonical_names
-
         register_canonical_names(self)
 
     # -- one modality ------------------------------------------------------------------------------------------------
