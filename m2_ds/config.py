@@ -13,6 +13,7 @@ from m2_ds.data.config import DataConfig
 from m2_ds.evaluation.config import EvaluationConfig
 from m2_ds.loss.config import LossConfig
 from m2_ds.model.config import PRESETS, M2EncoderConfig
+from m2_ds.parallel.config import ParallelConfig
 from m2_ds.schema import Settings
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -94,6 +95,17 @@ class EngineConfig(Settings):
         "fp32", description="of weights and activations; the loss is fp32 always"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads a rank; None: cores / ranks of this machine")
+    kept_graphs: int = Field(
+        1,
+        ge=1,
+        description="with several micro-batches: how many keep the activations of their first forward for backward; "
+        "the others are computed a second time",
+    )
+    reduce_once: bool = Field(
+        True,
+        description="with several micro-batches under ZeRO 2 and 3: reduce gradients once a step, at the cost of "
+        "holding them whole on every rank; false: after every micro-batch, partitioned",
+    )
     build_ops: bool = Field(False, description="let DeepSpeed compile its CPU ops at first use (needs g++, minutes)")
     timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the job")
 
@@ -104,6 +116,9 @@ class RunConfig(Settings):
     folder: Path = Field(description="run folder: configuration, log, checkpoints, report; made if it does not exist")
     steps: int = Field(gt=0, description="optimizer steps of the whole run")
     global_batch: int = Field(gt=0, description="pairs an optimizer step, over all ranks")
+    micro_batch: int | None = Field(
+        None, ge=1, description="pairs a rank and forward; a rank's share of the step is cut into these. None: not cut"
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     init_from: Path | None = Field(
         None, description="weights to start from: a checkpoint, a canonical folder or a .ckpt"
@@ -111,6 +126,7 @@ class RunConfig(Settings):
     tokenizer: Path = Field(description="tokenizer folder or sentencepiece .model file")
     model: M2EncoderConfig
     data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
@@ -147,6 +163,11 @@ class RunConfig(Settings):
             )
         if self.loss.unimodal_weight == 0 and self.loss.vl_weight == 0:
             raise ValueError("loss.unimodal_weight and loss.vl_weight are both 0: there is nothing to train for")
+        if (self.loss.form == "sigmoid") != self.model.logit_bias:
+            raise ValueError(
+                f"loss.form is {self.loss.form}, model.logit_bias is {self.model.logit_bias}: the sigmoid loss "
+                "needs the bias, and no other uses it"
+            )
         return self
 
     def checkpoint_due(self, done: int) -> bool:
@@ -158,16 +179,22 @@ class RunConfig(Settings):
         every = self.evaluation.every
         return bool(self.evaluation.tasks) and (done == self.steps or (every > 0 and done % every == 0))
 
-    def micro_batch(self, data_parallel_size: int) -> int:
-        """Pairs a rank and forward. Raises ValueError where the global batch does not divide."""
-        micro, rest = divmod(self.global_batch, data_parallel_size)
-        if rest or micro == 0:
-            below, above = micro * data_parallel_size, (micro + 1) * data_parallel_size
+    def batch_shape(self, data_parallel_size: int) -> tuple[int, int]:
+        """(pairs of a micro-batch, micro-batches a rank and step). Raises ValueError where batches do not divide."""
+        share, rest = divmod(self.global_batch, data_parallel_size)
+        if rest or share == 0:
+            below, above = share * data_parallel_size, (share + 1) * data_parallel_size
             raise ValueError(
                 f"global_batch {self.global_batch} does not divide over {data_parallel_size} data-parallel ranks; "
                 f"use {f'{below} or ' if below else ''}{above}"
             )
-        return micro
+        micro = self.micro_batch or share
+        if share % micro:
+            raise ValueError(
+                f"micro_batch {micro} does not divide the {share} pairs of each of {data_parallel_size} ranks; "
+                f"use one of {[d for d in range(1, share + 1) if share % d == 0]}"
+            )
+        return micro, share // micro
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back."""

@@ -48,7 +48,7 @@ def train(config: RunConfig) -> None:
 
     quiet()
     set_threads(config)
-    mesh = Mesh.start(config.engine.timeout_minutes, config.engine.build_ops)
+    mesh = Mesh.start(config.parallel, config.engine.timeout_minutes, config.engine.build_ops)
     run(config, mesh)
     mesh.stop()  # not after an error: the others would lose their connection before this rank has told its reason
 

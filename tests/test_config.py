@@ -11,6 +11,7 @@ from m2_ds.config import RunConfig, load_config
 from m2_ds.engine.setup import deepspeed_config, zero_stage
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.parallel.mesh import SOLO, Mesh
+from m2_ds.parallel.traffic import Traffic
 
 ROOT = Path(__file__).parents[1]
 TREE: dict[str, Any] = {
@@ -165,9 +166,9 @@ def test_a_preset_is_only_a_starting_point(recipe: Path) -> None:
 )
 def test_a_batch_that_does_not_divide_is_told(recipe: Path, ranks: int, words: str) -> None:
     config = load_config(recipe)
-    assert config.micro_batch(4) == 2
+    assert config.batch_shape(4) == (2, 1)
     with pytest.raises(ValueError, match=f"global_batch 8 .*{words}"):
-        config.micro_batch(ranks)
+        config.batch_shape(ranks)
 
 
 def test_checkpoints_and_evaluations_are_due_at_their_steps_and_at_the_end(recipe: Path) -> None:
@@ -188,7 +189,7 @@ CPU = "cpu"
 def mesh() -> Mesh:
     import torch
 
-    return Mesh(0, 1, torch.device(CPU), "gloo", SOLO)
+    return Mesh(0, 1, torch.device(CPU), "gloo", SOLO, SOLO, 1, Traffic())
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda file: file.stem)

@@ -66,6 +66,25 @@ class PairBatch:
         """The batch in page-locked memory."""
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def padded(self, rows: int, group: int) -> "PairBatch":
+        """The batch and ``rows`` rows that are no pairs: black pictures with captions of one token, in ``group``."""
+
+        def fill(x: Tensor, dim: int, value: int = 0) -> Tensor:
+            shape = [*x.shape[:dim], rows, *x.shape[dim + 1 :]]
+            return torch.cat([x, x.new_full(shape, value)], dim=dim)
+
+        mask = fill(self.mask, 1)
+        mask[:, len(self.slot) :, 0] = 1
+        return replace(
+            self,
+            images=fill(self.images, 0),
+            ids=fill(self.ids, 1),
+            mask=mask,
+            language=fill(self.language, 1),
+            group=fill(self.group, 0, group),
+            slot=fill(self.slot, 0),
+        )
+
 
 def group_id(dataset: str, group: str) -> int:
     """A stable 63-bit number of a group. Groups of different data sets are different things."""

@@ -64,7 +64,7 @@ def _refuse_non_finite(module: nn.Module, step: int, mesh: Mesh) -> None:
     """A pass over this rank's weights, which costs little beside writing them."""
     own = [_own_part(parameter, mesh.data_parallel.rank) for parameter in module.parameters()]
     bad = torch.stack([(~torch.isfinite(weight)).any().to(mesh.device) for weight in own]).any().float()
-    if all_reduce_sum(bad, mesh.data_parallel) > 0:
+    if all_reduce_sum(bad, mesh.data_parallel, "control") > 0:
         raise FloatingPointError(
             f"weights are not finite after step {step}: no checkpoint is written. Lower optim.lr or set "
             "optim.grad_clip and start the job again: it goes on from the newest checkpoint"

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +20,7 @@ from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
 from m2_ds.engine.flops import StepFlops, peak_tflops
 from m2_ds.engine.optim import lr_scale
-from m2_ds.engine.step import StepResult
+from m2_ds.engine.step import PHASES, ContrastiveStep, StepResult
 from m2_ds.files import write_atomically
 from m2_ds.parallel.collectives import all_gather_objects, all_reduce_sum
 from m2_ds.parallel.mesh import Mesh
@@ -33,8 +34,11 @@ class Monitor:
     Every rank holds one; only the first writes.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, levels: list[str], languages: list[str], start_step: int) -> None:
-        self.config, self.mesh, self.levels, self.languages = config, mesh, levels, languages
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, step: ContrastiveStep, languages: list[str], start_step: int
+    ) -> None:
+        self.config, self.mesh, self.levels, self.languages = config, mesh, step.level_names, languages
+        self.clock = step.clock
         self.flops = StepFlops(config.model)
         self.peak = config.log.peak_tflops or peak_tflops(mesh.device)
         self.sinks = _Sinks(config, start_step) if mesh.is_first else None
@@ -56,17 +60,20 @@ class Monitor:
         self.operations = 0.0
         self.waited = 0.0
         self.started = now
+        self.clock.take()
+        self.mesh.traffic.take()
 
-    def add(self, step: int, batch: PairBatch, result: StepResult, waited: float) -> None:
+    def add(self, step: int, batches: Sequence[PairBatch], result: StepResult, waited: float) -> None:
         """Take in the result of step number ``step`` (from 0); write a log line where one is due.
 
         One is due at every checkpoint, too: a run that goes on from there has lines over the same steps as one that was
         never interrupted, and a checkpoint is only written after finite numbers.
         """
-        captions, pairs, length = batch.ids.shape
         self.results.append(result)
-        self.skipped.update(batch.skipped)
-        self.operations += self.flops(pairs, captions * pairs, length)
+        for batch in batches:
+            captions, pairs, length = batch.ids.shape
+            self.skipped.update(batch.skipped)
+            self.operations += self.flops(pairs, captions * pairs, length)
         self.waited += waited
         if (step + 1) % self.config.log.every == 0 or self.config.checkpoint_due(step + 1):
             self._reset(self._write(step + 1))
@@ -79,8 +86,10 @@ class Monitor:
         """Write the numbers of the steps since the last time; returns the clock at their end."""
         n, group = len(self.results), self.mesh.data_parallel
         sums = torch.stack([torch.cat([r.loss, r.count[None]]) for r in self.results]).sum(0)
-        sums = all_reduce_sum(sums, group).cpu()  # waits for the device: the time below is the steps' own
+        sent, held_up = self.mesh.traffic.take()
+        sums = all_reduce_sum(sums, group, "log").cpu()  # waits for the device: the time below is the steps' own
         now = time.perf_counter()
+        phases = self.clock.take()
         seconds = now - self.started
         loss, count = sums[:-1], sums[-1]
         last = self.results[-1]
@@ -103,6 +112,11 @@ class Monitor:
             "tflops": self.operations / seconds / 1e12,
             "mfu": self.operations / seconds / 1e12 / self.peak if self.peak else None,
             "memory_gb": _memory_gb(self.mesh.device),
+            "contrastive_batch": last.contrastive_batch,
+            "repeated_share": sum(r.repeated for r in self.results) * group.size / (n * self.config.global_batch),
+            **{f"seconds/{phase}": phases.get(phase, 0.0) / n for phase in PHASES},
+            **{f"sent_mb/{kind}": x / n / 1e6 for kind, x in sorted(sent.items()) if x and kind != "log"},
+            "communication_share": sum(held_up.values()) / seconds,
         }
         for counts in all_gather_objects(dict(self.skipped), group):
             self.skipped_in_all.update(counts)
@@ -193,6 +207,8 @@ def _line(numbers: dict[str, Any]) -> str:
     scale = next(value for name, value in reversed(numbers.items()) if name.startswith("logit_scale/"))
     if numbers["grad_norm"] is not None:
         parts.append(f"norm {numbers['grad_norm']:.2f}")
+    if any(name.startswith("sent_mb/") for name in numbers):
+        parts.append(f"comm {100 * numbers['communication_share']:.0f}%")
     parts += [f"scale {scale:.1f}", f"{numbers['memory_gb']:.1f} GB"]
     if numbers["skipped"]:
         parts.append("skipped " + ", ".join(f"{v} {k}" for k, v in numbers["skipped"].items()))

@@ -21,9 +21,9 @@ def freeze_unreached(model: nn.Module, loss: LossConfig) -> None:
     freeze_unused(model)
     unreached: list[str] = []
     if loss.unimodal_weight == 0:
-        unreached += ["logit_scale", "itc_text_proj.", "itc_image_proj."]
+        unreached += ["logit_scale", "logit_bias", "itc_text_proj.", "itc_image_proj."]
     if loss.vl_weight == 0:
-        unreached += ["logit_vl_scale", "itc_vl_", "backbone_vl."]
+        unreached += ["logit_vl_scale", "logit_vl_bias", "itc_vl_", "backbone_vl."]
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(unreached)):
             parameter.requires_grad_(False)

@@ -54,9 +54,18 @@ def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         )
     for key in _OURS.keys() & given.keys():
         raise ValueError(f"{path} sets {key!r}; set {_OURS[key]} in the recipe instead and remove it there")
+    micro_batch, accumulation = config.batch_shape(mesh.data_parallel.size)
+    # Reduced once, the micro-batches of a step are one accumulation step to DeepSpeed; without ZeRO it waits anyway.
+    coalesced = config.engine.reduce_once and stage > 0
+    if stage == 3 and not coalesced and min(config.engine.kept_graphs, accumulation) > 1:
+        # It counts accumulated backwards at the forward after each: of two in a row the second replaces the first.
+        raise ValueError(
+            f"engine.kept_graphs is {config.engine.kept_graphs} and engine.reduce_once is false: DeepSpeed's ZeRO 3 "
+            "would lose gradients of consecutive backward passes. Set kept_graphs: 1 or reduce_once: true"
+        )
     return {
-        "train_micro_batch_size_per_gpu": config.micro_batch(mesh.data_parallel.size),
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1 if coalesced else accumulation,
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": config.engine.precision == "bf16"},
         "zero_allow_untested_optimizer": True,

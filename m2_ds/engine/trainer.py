@@ -33,17 +33,19 @@ class Trainer:
         config, mesh = self.config, self.mesh
         if start:
             log.info("going on after step %d of %d", start, config.steps)
+        micro_batch, accumulation = config.batch_shape(mesh.data_parallel.size)
         loader = build_loader(
             config.data,
             self.tokenizer,
             global_batch=config.global_batch,
-            micro_batch=config.micro_batch(mesh.data_parallel.size),
+            micro_batch=micro_batch,
+            accumulation=accumulation,
             seed=config.seed,
             start_step=start,
             rank=mesh.data_parallel.rank,
             world_size=mesh.data_parallel.size,
         )
-        with Monitor(config, mesh, self.step.level_names, self.languages, start) as monitor:
+        with Monitor(config, mesh, self.step, self.languages, start) as monitor:
             if start and config.evaluation_due(start) and not self._evaluated(start):
                 self._evaluate(start, monitor)  # the job ended between this checkpoint and its evaluation
             if start >= config.steps:
@@ -53,9 +55,9 @@ class Trainer:
             with contextlib.closing(cast(Generator[PairBatch, None, None], iter(loader))) as batches:
                 for step in range(start, config.steps):
                     asked = time.perf_counter()
-                    batch = next(batches).to(mesh.device)
+                    pairs = [next(batches).to(mesh.device) for _ in range(accumulation)]
                     waited = time.perf_counter() - asked
-                    monitor.add(step, batch, self.step(batch), waited)
+                    monitor.add(step, pairs, self.step(pairs), waited)
                     paused = time.perf_counter()
                     self._between(step + 1, monitor)
                     monitor.pause(time.perf_counter() - paused)

@@ -258,7 +258,7 @@ def _show(items: Any, what: str, total: int, group: Group) -> Iterator[Any]:
 
 
 def _gather(mine: Tensor, group: Group) -> Tensor:
-    return all_gather_rows(mine, group)
+    return all_gather_rows(mine, group, "embeddings")
 
 
 def _vectors(features: Tensor) -> pa.Array:

@@ -1,6 +1,6 @@
 """The contrastive loss (ITC) and its gradients in closed form, from one all-gather of features and one of log-sum-exps.
 
-Legend: g ranks of the group, b own pairs, B = g b pairs, C captions a picture, N levels, E embedding.
+Legend: g ranks of the group, n own pairs, B pairs of the contrast group, C captions a picture, N levels, E embedding.
 
 With S = s I T^T over the B pairs (s = exp(logit_scale), rows unit vectors) and Y the right answers (rows sum to 1):
 
@@ -8,158 +8,203 @@ With S = s I T^T over the B pairs (s = exp(logit_scale), rows unit vectors) and 
     dL/dS_ij = 1 / (2 B) [ exp(S_ij - row_i) + exp(S_ij - col_j) - Y_ij - Y_ji ]
 
 A rank computes the rows of its own pictures and of its own captions, so it needs all features and all log-sum-exps but
-no gradient of anyone else: no communication in backward. (CLIP, arXiv 2103.00020, with both gathers made exact.)
+no gradient of anyone else: no communication in backward. dL/dlogit_scale = sum_ij dL/dS_ij S_ij = sum_i I_i . dL/dI_i
+needs no pass of its own. (CLIP, arXiv 2103.00020, with both gathers made exact; docs/grouped_aggregation.md.)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from m2_ds.loss.config import Repeats
-from m2_ds.parallel.collectives import all_gather_rows
+from m2_ds.loss.answers import Answers
+from m2_ds.loss.config import LossConfig
+from m2_ds.loss.exchange import Exchange, Pool
+from m2_ds.loss.tiles import Logits, Sums, sigmoid_pass, softmax_gradients, softmax_sums
 from m2_ds.parallel.mesh import Group
 
 
 @dataclass(frozen=True)
 class Level:
-    """Unit vectors of own pairs at one level: ``image`` [b, E], ``text`` [C, b, E], and the level's logit scale [1]."""
+    """What a level's logits are made with, beside features: ``logit_scale`` [1], its weight, ``logit_bias`` [1]."""
 
-    image: Tensor
-    text: Tensor
     logit_scale: Tensor
     weight: float = 1.0
+    logit_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LevelGradient:
+    """``features``: the gradients of image [n, E] and of each caption [n, E]; ``logit_scale`` and ``logit_bias`` [1].
+
+    A rank's own share: over the group's ranks, features' gradients lie side by side, those of scale and bias add up.
+    """
+
+    features: list[Tensor]
+    logit_scale: Tensor
+    logit_bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """``total``: what to call backward on, this rank's share of the loss. ``by_pair``: [N, C, b] loss of each own pair.
+    """``by_pair`` [N, C, n]: loss of each own pair, 0 for padding; ``gradients`` of the group's loss, by level.
 
-    The group's loss is the mean of ``by_pair`` over captions and all ranks' pairs, weighted over levels.
+    The group's loss is the mean of ``by_pair`` over captions and all ranks' pairs, weighted over levels; ``value`` the
+    same mean over own pairs only. ``pairs``: B without padding; ``repeated``: own pairs' group members beside
+    themselves, which ``repeats`` makes right answers, leaves out or counts as wrong.
     """
 
-    total: Tensor
     by_pair: Tensor
+    value: Tensor
+    gradients: list[LevelGradient]
+    pairs: int
+    repeated: int
 
 
-def contrastive_loss(
-    levels: Sequence[Level], pair_groups: Tensor, group: Group, repeats: Repeats = "positive"
-) -> ContrastiveLoss:
+def contrastive_loss(levels: Sequence[Level], pool: Pool, config: LossConfig) -> ContrastiveLoss:
     """Weighted sum over levels of the mean over captions of ITC over the group's pairs.
 
-    ``pair_groups``: int64 [b], equal for pairs that show the same thing (see LossConfig.repeats). Every rank must bring
-    the same number of pairs. The arithmetic is in fp32, or in the features' precision where that is higher.
-
-    The engine averages gradients over the group's ranks, so what each rank sends backward is ``group.size`` times its
-    share: the average is then the gradient of the loss. This is the only place where that factor stands.
+    ``pool``: the exchanged features, N (1 + C) matrices: by level, the pictures and then each set of captions.
+    Arithmetic is in fp32, or in fp64 where features come in it. Extra memory: the gathered features, their gradients
+    and two tiles; no matrix of n x B.
     """
-    flat: list[Tensor] = []
-    for level in levels:
-        flat += [level.image, *level.text]
-    packed = torch.stack([_at_least_fp32(x) for x in flat], dim=1)  # [b, N (1 + C), E]
-    everyone = all_gather_rows(packed, group)
-    right = _Answers(pair_groups, all_gather_rows(pair_groups, group), group, repeats)
-
-    pairs, index = [], 0
-    for level in levels:
-        captions = level.text.shape[0]
-        for c in range(captions):
-            columns = (index, index + 1 + c)
-            pairs.append((columns, _at_least_fp32(level.logit_scale.detach()).exp(), level.weight / captions))
-        index += 1 + captions
-
-    statistics = [_rows(packed.detach(), everyone, columns, scale, right) for columns, scale, _ in pairs]
-    lse = torch.stack([s for stat in statistics for s in (stat.row_lse, stat.col_lse)], dim=1)  # [b, 2 N C]
-    all_lse = all_gather_rows(lse, group)
-
-    gradient = torch.zeros_like(packed)
-    scale_gradients = []
-    for n, ((columns, scale, weight), stat) in enumerate(zip(pairs, statistics)):
-        d_image, d_text, d_scale = _gradients(everyone, columns, scale, stat, all_lse[:, 2 * n], all_lse[:, 2 * n + 1])
-        gradient[:, columns[0]] += weight * d_image
-        gradient[:, columns[1]] += weight * d_text
-        scale_gradients.append(weight * d_scale)
-    captions = levels[0].text.shape[0]
-    d_scales = [torch.stack(scale_gradients[i : i + captions]).sum(0) for i in range(0, len(pairs), captions)]
-    by_pair = torch.stack([(s.row_loss + s.col_loss) / 2 for s in statistics]).unflatten(0, (len(levels), captions))
+    captions = len(pool.own) // len(levels) - 1
+    own = pool.own[0]
+    answers = Answers(pool.own_ids, pool.ids, pool.place, config.repeats, own.device, own.dtype)
+    kernel = _sigmoid if config.form == "sigmoid" else _softmax
+    sides = [_Side(*both) for both in zip(pool.own, pool.everyone)]
+    problems = [
+        _Problem(level, sides[first], sides[first + 1 + c], level.weight / captions)
+        for level, first in zip(levels, range(0, len(sides), 1 + captions))
+        for c in range(captions)
+    ]
+    parts = kernel(problems, pool, answers, config)
+    gradients = [_level_gradient(parts[n * captions : (n + 1) * captions], captions) for n in range(len(levels))]
+    by_pair = torch.stack([part.by_pair for part in parts]).unflatten(0, (len(levels), captions))
     weights = by_pair.new_tensor([level.weight for level in levels])
-    value = (weights @ by_pair.mean(1)).mean()
-    total = _WithGradient.apply(
-        value,
-        gradient * group.size,
-        [d * group.size for d in d_scales],
-        packed,
-        *[level.logit_scale for level in levels],
-    )
-    return ContrastiveLoss(total, by_pair)
+    own_pairs = int((pool.own_ids >= 0).sum())
+    value = (weights @ by_pair.mean(1)).sum() / max(own_pairs, 1)
+    return ContrastiveLoss(by_pair, value, gradients, answers.pairs, answers.repeated)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class _Answers:
-    """Which columns are right for own rows, and which do not count."""
-
-    def __init__(self, own: Tensor, everyone: Tensor, group: Group, repeats: Repeats) -> None:
-        first = group.rank * len(own)
-        diagonal = torch.arange(first, first + len(own), device=own.device)
-        same = own[:, None] == everyone[None, :]  # [b, B]
-        self_only = torch.zeros_like(same).scatter_(1, diagonal[:, None], True)
-        self.right = same if repeats == "positive" else self_only
-        self.excluded = same & ~self_only if repeats == "exclude" else None
-        self.count = self.right.sum(1)
+def exchange_and_compare(
+    features: Sequence[Tensor], levels: Sequence[Level], ids: Tensor, group: Group, config: LossConfig
+) -> ContrastiveLoss:
+    """`contrastive_loss` of one batch: N (1 + C) matrices ``features`` [n, E], the pairs' group ``ids`` int64 [n]."""
+    exchange = Exchange(ids, group, 1, config.exchange)
+    exchange.send(features)
+    return contrastive_loss(levels, exchange.receive(), config)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    row: Tensor  # [b, B] logits of own pictures against all captions
-    col: Tensor  # [b, B] logits of own captions against all pictures
-    row_lse: Tensor  # [b]
-    col_lse: Tensor  # [b]
-    row_loss: Tensor  # [b]
-    col_loss: Tensor  # [b]
-    target: Tensor  # [b, B], rows sum to 1; symmetric over the group, as equal groups have equal counts
+class _Side:
+    own: Tensor
+    everyone: Tensor
 
 
-def _rows(own: Tensor, everyone: Tensor, columns: tuple[int, int], scale: Tensor, answers: _Answers) -> _Rows:
-    image, text = columns
-    row = scale * (own[:, image] @ everyone[:, text].T)
-    col = scale * (own[:, text] @ everyone[:, image].T)
-    if answers.excluded is not None:
-        row, col = (x.masked_fill(answers.excluded, -torch.inf) for x in (row, col))
-    target = answers.right.to(row.dtype) / answers.count[:, None]
-    row_lse, col_lse = row.logsumexp(1), col.logsumexp(1)
-    right_row, right_col = ((x.masked_fill(~answers.right, 0) * target).sum(1) for x in (row, col))
-    return _Rows(row, col, row_lse, col_lse, row_lse - right_row, col_lse - right_col, target)
+@dataclass(frozen=True)
+class _Problem:
+    """One set of captions at one level."""
+
+    level: Level
+    image: _Side
+    text: _Side
+    weight: float
+
+    @property
+    def scale(self) -> Tensor:
+        return self.level.logit_scale.detach().to(self.image.own.dtype).exp()
 
 
-def _gradients(
-    everyone: Tensor, columns: tuple[int, int], scale: Tensor, stat: _Rows, all_row_lse: Tensor, all_col_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    image, text = columns
-    half = 0.5 / len(everyone)
-    d_row = half * ((stat.row - stat.row_lse[:, None]).exp() + (stat.row - all_col_lse).exp() - 2 * stat.target)
-    d_col = half * ((stat.col - stat.col_lse[:, None]).exp() + (stat.col - all_row_lse).exp() - 2 * stat.target)
-    # Own pictures' rows over all ranks cover every S_ij once: their sum over the group is the scale's gradient.
-    d_scale = (d_row * stat.row.masked_fill(stat.row == -torch.inf, 0)).sum()
-    return scale * (d_row @ everyone[:, text]), scale * (d_col @ everyone[:, image]), d_scale
+@dataclass(frozen=True)
+class _Part:
+    """Of one problem: loss by pair [n], gradients [n, E] of own rows, of the scale and the bias."""
+
+    by_pair: Tensor
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor | None
 
 
-class _WithGradient(torch.autograd.Function):
-    """A value whose gradients towards features and scales are already known."""
+def _sides(problem: _Problem, answers: Answers, alone: bool) -> list[Logits]:
+    """Own pictures against all captions and own captions against all pictures; alone, the first is both."""
+    scale, image, text = problem.scale, problem.image, problem.text
+    sides = [Logits(scale * image.own, text.everyone, answers, alone)]
+    return sides if alone else [*sides, Logits(scale * text.own, image.everyone, answers, False)]
 
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, gradient: Tensor, d_scales: list[Tensor], packed: Tensor, *scales: Tensor
-    ) -> Tensor:
-        ctx.gradient = gradient
-        ctx.d_scales = [d.reshape(s.shape).to(s.dtype) for d, s in zip(d_scales, scales)]
-        return value.clone()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (outer,) = grads
-        return None, None, None, outer * ctx.gradient, *[outer * d for d in ctx.d_scales]
+def _softmax(problems: list[_Problem], pool: Pool, answers: Answers, config: LossConfig) -> list[_Part]:
+    alone, smoothing = pool.group.size == 1, config.label_smoothing
+    statistics: list[tuple[Sums, Sums]] = []
+    for problem in problems:
+        found = [softmax_sums(side, smoothing) for side in _sides(problem, answers, alone)]
+        column = found[0][1] if alone else found[1][0]
+        assert column is not None
+        statistics.append((found[0][0], column))
+    if alone:
+        lse = [(row.lse, column.lse) for row, column in statistics]
+    else:
+        packed = torch.stack([sums.lse for pair in statistics for sums in pair], dim=1)
+        gathered = pool.gather(packed, "log-sum-exp")
+        lse = [(gathered[:, 2 * i].contiguous(), gathered[:, 2 * i + 1].contiguous()) for i in range(len(statistics))]
+    parts = []
+    for problem, (row, column), (all_rows, all_columns) in zip(problems, statistics, lse):
+        sides = _sides(problem, answers, alone)
+        image, text = softmax_gradients(sides[0], row.lse, all_columns, smoothing)
+        if not alone:
+            text, _ = softmax_gradients(sides[1], column.lse, all_rows, smoothing)
+        assert text is not None
+        by_pair = (row.loss + column.loss) / 2
+        parts.append(_part(problem, answers, alone, sides[0].rows, by_pair, image, text, None, 0.5 / answers.pairs))
+    return parts
+
+
+def _sigmoid(problems: list[_Problem], pool: Pool, answers: Answers, config: LossConfig) -> list[_Part]:
+    alone = pool.group.size == 1
+    parts = []
+    for problem in problems:
+        assert problem.level.logit_bias is not None
+        bias = problem.level.logit_bias.detach().to(problem.image.own.dtype)
+        sides = _sides(problem, answers, alone)
+        found = [sigmoid_pass(side, bias) for side in sides]
+        first = found[0]
+        text = first.d_columns if alone else found[1].d_rows
+        column_loss = first.column_loss if alone else found[1].row_loss
+        assert text is not None
+        by_pair = (first.row_loss + column_loss) / 2
+        parts.append(
+            _part(
+                problem, answers, alone, sides[0].rows, by_pair, first.d_rows, text, first.d_bias, 1.0 / answers.pairs
+            )
+        )
+    return parts
+
+
+def _part(
+    problem: _Problem, answers: Answers, alone: bool, scaled: Tensor, by_pair: Tensor,
+    image: Tensor, text: Tensor, bias: Tensor | None, share: float,
+) -> _Part:  # fmt: skip
+    """From sums over the other side's rows to gradients of L: times s for own rows, weight and 1 / B (in place)."""
+    share *= problem.weight
+    if answers.valid is not None:
+        for gradient in (image, text):
+            gradient.mul_(answers.valid[:, None])
+    scale_gradient = share * torch.linalg.vecdot(scaled, image).sum()
+    image.mul_(share * problem.scale)
+    # Alone, the columns' sum was over rows that carry s already.
+    text.mul_(share if alone else share * problem.scale)
+    return _Part(by_pair, image, text, scale_gradient, None if bias is None else share * bias)
+
+
+def _level_gradient(parts: list[_Part], captions: int) -> LevelGradient:
+    image = parts[0].image
+    for part in parts[1:]:
+        image += part.image
+    bias = [part.logit_bias for part in parts if part.logit_bias is not None]
+    return LevelGradient(
+        [image, *(part.text for part in parts)],
+        torch.stack([part.logit_scale for part in parts]).sum(0, keepdim=True),
+        torch.stack(bias).sum(0, keepdim=True) if bias else None,
+    )

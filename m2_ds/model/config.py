@@ -29,6 +29,9 @@ class M2EncoderConfig(Settings):
     )
     stem_width: int = Field(32, gt=0, description="channels of the conv stem's first stage; doubled at each halving")
     stem_depth: int = Field(1, gt=0, description="3x3 convolutions a stage of the conv stem")
+    logit_bias: bool = Field(
+        False, description="a learned offset of the logits at each level (SigLIP's), for loss.form sigmoid"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last layer, rising from 0; training")
     patch_drop: float = Field(0.0, ge=0, lt=1, description="share of patches left out of a training forward (FLIP)")
     position_std: float = Field(

@@ -27,6 +27,13 @@ class Features(NamedTuple):
     vl: Tensor
 
 
+class LogitParameters(NamedTuple):
+    """logit_scale [1] and, with ``logit_bias``, bias [1] of the unimodal and the vision-language level."""
+
+    scale: tuple[Tensor, Tensor]
+    bias: tuple[Tensor, Tensor] | None
+
+
 class Encoder(nn.Module):
     """Layers and a final LayerNorm; the backbone's also adds positions."""
 
@@ -173,6 +180,9 @@ class M2Encoder(nn.Module):
         # [1] inside because DeepSpeed cannot broadcast 0-dim tensors on CPU; () in the state dict.
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_vl_scale = nn.Parameter(torch.zeros(1))
+        if config.logit_bias:
+            self.logit_bias = nn.Parameter(torch.zeros(1))
+            self.logit_vl_bias = nn.Parameter(torch.zeros(1))
         self.backbone = Backbone(config)
         self.backbone_vl = Encoder(config, config.num_vl_layers, first_index=config.num_layers)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -260,14 +270,12 @@ class M2Encoder(nn.Module):
         mask: Tensor,
         image_noise: Noise | None = None,
         text_noise: Noise | None = None,
-    ) -> tuple[Features, Features, Tensor, Tensor]:
-        """Features of pictures and of captions, and both logit scales [1] (part of the graph)."""
-        return (
-            self.image_features(images, image_noise),
-            self.text_features(ids, mask, text_noise),
-            self.logit_scale * 1.0,
-            self.logit_vl_scale * 1.0,
-        )
+    ) -> tuple[Features, Features, LogitParameters]:
+        """Features of pictures and of captions, and what turns their cosines into logits (part of the graph)."""
+        scale = (self.logit_scale * 1.0, self.logit_vl_scale * 1.0)
+        bias = (self.logit_bias * 1.0, self.logit_vl_bias * 1.0) if self.config.logit_bias else None
+        image = self.image_features(images, image_noise)
+        return image, self.text_features(ids, mask, text_noise), LogitParameters(scale, bias)
 
 
 def cut_to_longest(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:

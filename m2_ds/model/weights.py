@@ -18,6 +18,8 @@ from m2_ds.model.config import M2EncoderConfig
 _FUSED = ".qkv_proj."
 _PARTS = (".q_proj.", ".k_proj.", ".v_proj.")
 LOGIT_SCALES = ("logit_scale", "logit_vl_scale")
+LOGIT_BIASES = ("logit_bias", "logit_vl_bias")
+_SCALARS = LOGIT_SCALES + LOGIT_BIASES
 VISION_POSITIONS = "backbone.encoder.embed_positions.A.weight"
 _ROWS_BEFORE_PATCHES = 3  # two unused rows and the class token's
 
@@ -27,7 +29,7 @@ def to_canonical(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if _FUSED in name:
         for part, piece in zip(_PARTS, tensor.chunk(3)):
             yield name.replace(_FUSED, part), piece
-    elif name in LOGIT_SCALES and tensor.numel():  # ZeRO-3 leaves empty tensors in place of partitioned weights
+    elif name in _SCALARS and tensor.numel():  # ZeRO-3 leaves empty tensors in place of partitioned weights
         yield name, tensor.reshape(())
     else:
         yield name, tensor
@@ -51,7 +53,7 @@ def from_canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             triple = [name.replace(part, other) for part in _PARTS if part in name for other in _PARTS]
             if all(part in state for part in triple):
                 continue
-        inner[name] = tensor.reshape(1) if name in LOGIT_SCALES and tensor.numel() else tensor
+        inner[name] = tensor.reshape(1) if name in _SCALARS and tensor.numel() else tensor
     return inner
 
 
@@ -108,6 +110,8 @@ def _initialiser(name: str, config: M2EncoderConfig, fan_in: int) -> Callable[[T
 
     if name in LOGIT_SCALES:
         return lambda x, _: x.fill_(math.log(1 / 0.07))
+    if name in LOGIT_BIASES:
+        return lambda x, _: x.fill_(-10.0)  # as in SigLIP: nearly all places of the first batches are wrong answers
     if name.startswith(("itc_", "pooler.")):
         return lambda x, g: x.zero_() if name.endswith("bias") else x.normal_(0, 0.02, generator=g)
     if name.endswith("text_embed.weight"):

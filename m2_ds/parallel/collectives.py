@@ -1,38 +1,71 @@
-"""Collectives that every caller names a group for. A group of one returns its input."""
+"""Collectives that every caller names a group and a kind for. A group of one returns its input.
 
-from typing import TypeVar
+``kind`` is the name under which the group's traffic counts the bytes. A collective that fails (a rank that is gone, one
+that did not come in time) is told with its kind and group.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from m2_ds.parallel.mesh import Group
+from m2_ds.parallel.traffic import size_of
 
 T = TypeVar("T")
 
 
-def all_gather_rows(x: Tensor, group: Group) -> Tensor:
-    """Concatenate equal-shaped tensors [b, ...] of all ranks along the first axis, in rank order: [size * b, ...].
+class Gathering:
+    """An all-gather under way. `wait` gives the rows of all ranks."""
 
-    Carries no gradient: callers that need one compute it in closed form from what they gathered.
+    def __init__(self, out: Tensor, work: Any, group: Group, kind: str) -> None:
+        self.out, self.work, self.group, self.kind = out, work, group, kind
+
+    def wait(self) -> Tensor:
+        """On a GPU only the current stream waits, not the host."""
+        if self.work is not None:
+            with _told(self.group, f"all-gather of {self.kind}"), self.group.traffic.sending(self.kind, 0):
+                self.work.wait()
+            self.work = None
+        return self.out
+
+
+def start_all_gather(x: Tensor, group: Group, kind: str, out: Tensor | None = None) -> Gathering:
+    """Begin to concatenate equal-shaped tensors [b, ...] along the first axis, in rank order: [size * b, ...].
+
+    Carries no gradient: callers that need one compute it in closed form from what they gathered. ``out``: where to put
+    the rows.
     """
+    x = x.detach()
     if group.size == 1:
-        return x.detach()
-    out = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.detach().contiguous(), group=group.process_group)
-    return out
+        return Gathering(x if out is None else out.copy_(x), None, group, kind)
+    out = x.new_empty((group.size * x.shape[0], *x.shape[1:])) if out is None else out
+    with _told(group, f"all-gather of {kind}"), group.traffic.sending(kind, (group.size - 1) * size_of(x)):
+        work = dist.all_gather_into_tensor(out, x.contiguous(), group=group.process_group, async_op=True)
+    return Gathering(out, work, group, kind)
 
 
-def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
+def all_gather_rows(x: Tensor, group: Group, kind: str) -> Tensor:
+    """`start_all_gather`, waited for."""
+    return start_all_gather(x, group, kind).wait()
+
+
+def all_reduce_sum(x: Tensor, group: Group, kind: str) -> Tensor:
     """The sum over ranks; ``x`` itself is left as it is."""
     out = x.detach().clone()
     if group.size > 1:
-        dist.all_reduce(out, group=group.process_group)
+        sent = 2 * (group.size - 1) / group.size * size_of(x)
+        with _told(group, f"all-reduce of {kind}"), group.traffic.sending(kind, sent):
+            dist.all_reduce(out, group=group.process_group)
     return out
 
 
 def barrier(group: Group) -> None:
     if group.size > 1:
-        dist.barrier(group=group.process_group)
+        with _told(group, "barrier"):
+            dist.barrier(group=group.process_group)
 
 
 def broadcast_object(value: T, group: Group) -> T:
@@ -40,7 +73,8 @@ def broadcast_object(value: T, group: Group) -> T:
     if group.size == 1:
         return value
     box: list[T] = [value]
-    dist.broadcast_object_list(box, group_src=0, group=group.process_group)
+    with _told(group, "broadcast of an object"):
+        dist.broadcast_object_list(box, group_src=0, group=group.process_group)
     return box[0]
 
 
@@ -49,5 +83,15 @@ def all_gather_objects(value: T, group: Group) -> list[T]:
     if group.size == 1:
         return [value]
     out: list[T | None] = [None] * group.size
-    dist.all_gather_object(out, value, group=group.process_group)
+    with _told(group, "all-gather of objects"):
+        dist.all_gather_object(out, value, group=group.process_group)
     return out  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _told(group: Group, what: str) -> Iterator[None]:
+    """Put what was done, and among whom, before an error of the communication library."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{what} in {group.name}: {error}") from error

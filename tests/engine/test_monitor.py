@@ -14,6 +14,7 @@ from m2_ds.config import load_config
 from m2_ds.data.stream import build_loader
 from m2_ds.data.text import load_tokenizer
 from m2_ds.engine.monitor import _forget_after
+from m2_ds.engine.step import PHASES
 from m2_ds.parallel.mesh import Mesh
 from m2_ds.train import run
 from tests.engine.jobs import Interrupted, changed, config_of, curve, log_lines, stopped_after
@@ -21,7 +22,8 @@ from tests.engine.jobs import Interrupted, changed, config_of, curve, log_lines,
 FIELDS = {
     *("step", "samples", "loss", "loss/unimodal", "loss/vl", "loss/en", "loss/zh", "lr", "grad_norm"),
     *("logit_scale/unimodal", "logit_scale/vl", "samples_per_s", "step_s", "data_wait_s", "data_wait_share"),
-    *("tflops", "mfu", "memory_gb", "skipped"),
+    *("tflops", "mfu", "memory_gb", "skipped", "contrastive_batch", "repeated_share", "communication_share"),
+    *(f"seconds/{phase}" for phase in PHASES),
 }
 
 
@@ -40,6 +42,8 @@ def test_a_log_line_has_the_documented_fields(folder: Path) -> None:
     assert [line["step"] for line in lines] == [4, 5, 8, 10]
     for line in lines:
         assert line.keys() == FIELDS
+        assert 0 < sum(line[f"seconds/{phase}"] for phase in PHASES) < line["step_s"]
+        assert line["seconds/recompute"] == 0 and line["contrastive_batch"] == 16
         assert line["samples"] == 16 * line["step"]
         assert all(isinstance(line[name], int | float) for name in FIELDS - {"skipped"})
         assert line["loss"] == pytest.approx(0.5 * line["loss/unimodal"] + line["loss/vl"], rel=1e-6)

@@ -1,88 +1,137 @@
-"""The closed-form loss and gradients against autograd on the full matrix, in one process and over real ranks."""
+"""The tiled loss and its closed-form gradients in one process, against autograd on the full matrix."""
+
+import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2_ds.loss.contrastive import Level, contrastive_loss
+from m2_ds.loss import answers, tiles
+from m2_ds.loss.config import LossConfig
+from m2_ds.loss.contrastive import Level, contrastive_loss, exchange_and_compare
+from m2_ds.loss.exchange import Exchange
 from m2_ds.parallel.mesh import SOLO
+from tests.loss.problem import Problem, gradients_of, relative
 
-REPEATS = ["positive", "exclude", "negative"]
-
-
-def reference(
-    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, groups: torch.Tensor, repeats: str
-) -> torch.Tensor:
-    """Mean of both directions' cross entropy, written plainly."""
-    logits = scale.exp() * image @ text.T
-    same, eye = groups[:, None] == groups, torch.eye(len(groups), dtype=torch.bool)
-    target = (same if repeats == "positive" else eye).to(logits.dtype)
-    target = target / target.sum(1, keepdim=True)
-    if repeats == "exclude":
-        logits = logits.masked_fill(same & ~eye, -1e9)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T)) / 2
+REPEATS = ("positive", "exclude", "negative")
+FORMS = [
+    *({"repeats": r, "label_smoothing": s} for r, s in itertools.product(REPEATS, (0, 0.2))),
+    *({"repeats": r, "form": "sigmoid"} for r in REPEATS),
+]
 
 
-def random_problem(seed: int, pairs: int, captions: int, dtype: torch.dtype = torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    raw = [torch.randn(pairs, 8, dtype=dtype, generator=g).requires_grad_() for _ in range(2 * (1 + captions))]
-    scales = [torch.tensor([s], dtype=dtype, requires_grad=True) for s in (1.5, 3.0)]
-    return raw, scales, torch.randint(0, pairs // 2, (pairs,), generator=g)
+@pytest.fixture(params=["one tile", "many tiles"])
+def tile_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "many tiles":
+        for module in (answers, tiles):
+            monkeypatch.setattr(module, "TILE_ROWS", 5)
+            monkeypatch.setattr(module, "TILE_COLUMNS", 3)
+    yield
 
 
-def levels_of(raw: list[torch.Tensor], scales: list[torch.Tensor], captions: int) -> list[Level]:
-    unit = [F.normalize(x, dim=-1) for x in raw]
-    n = 1 + captions
-    return [
-        Level(unit[0], torch.stack(unit[1:n]), scales[0], 0.7),
-        Level(unit[n], torch.stack(unit[n + 1 :]), scales[1], 1.3),
-    ]
-
-
-@pytest.mark.parametrize("repeats", REPEATS)
+@pytest.mark.usefixtures("tile_size")
+@pytest.mark.parametrize("options", FORMS, ids=str)
 @pytest.mark.parametrize("captions", [1, 2])
-def test_equals_autograd_on_the_full_matrix(repeats: str, captions: int) -> None:
-    raw, scales, groups = random_problem(captions, 14, captions)
-    levels = levels_of(raw, scales, captions)
-    want_loss = sum(
-        level.weight
-        * torch.stack([reference(level.image, t, level.logit_scale, groups, repeats) for t in level.text]).mean()
-        for level in levels
-    )
-    want = torch.autograd.grad(want_loss, raw + scales, retain_graph=True)
-    got_loss = contrastive_loss(levels, groups, SOLO, repeats)
-    got = torch.autograd.grad(got_loss.total, raw + scales)
-    assert_close(got_loss.total, want_loss, atol=1e-12, rtol=1e-12)
-    for a, b in zip(got, want):
-        assert_close(a, b, atol=1e-13, rtol=1e-12)
-    weights = torch.tensor([0.7, 1.3], dtype=torch.float64)
-    assert_close((weights[:, None, None] * got_loss.by_pair).mean((1, 2)).sum(), want_loss)
+def test_equals_autograd_on_the_full_matrix(options: dict[str, object], captions: int) -> None:
+    config = LossConfig.model_validate(options)
+    problem = Problem.random(captions, 14, captions)
+    loss = exchange_and_compare(problem.features(), problem.levels(config.form), problem.ids, SOLO, config)
+    assert float(loss.value) == pytest.approx(problem.dense(config).item(), rel=1e-12)
+    for found, wanted in zip(gradients_of(loss), problem.dense_gradients(config), strict=True):
+        assert relative(found, wanted) < 1e-12
+    assert loss.repeated == int((problem.ids[:, None] == problem.ids).sum()) - 14
+    assert loss.pairs == 14
 
 
-def test_survives_a_scale_that_underflows_a_fixed_shift() -> None:
-    raw, _, groups = random_problem(3, 10, 1, torch.float32)
-    scales = [torch.tensor([6.0], requires_grad=True) for _ in range(2)]  # exp(6) = 403
-    loss = contrastive_loss(levels_of(raw, scales, 1), groups, SOLO, "negative")
-    grads = torch.autograd.grad(loss.total, raw + scales)
-    assert torch.isfinite(loss.total) and all(torch.isfinite(g).all() for g in grads)
+@pytest.mark.usefixtures("tile_size")
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_padding_rows_do_not_count(options: dict[str, object]) -> None:
+    config = LossConfig.model_validate(options)
+    problem = Problem.random(7, 13, 2)
+    problem.ids[[2, 3, 4, 11, 12]] = answers.PADDING  # a whole tile of rows among them
+    loss = exchange_and_compare(problem.features(), problem.levels(config.form), problem.ids, SOLO, config)
+    assert loss.pairs == 8
+    assert float(loss.value) == pytest.approx(problem.dense(config).item(), rel=1e-12)
+    for found, wanted in zip(gradients_of(loss), problem.dense_gradients(config), strict=True):
+        assert relative(found, wanted) < 1e-12
+    assert (loss.by_pair[..., problem.ids < 0] == 0).all()
+
+
+def test_a_batch_of_padding_alone_is_refused() -> None:
+    problem = Problem.random(7, 4, 1)
+    with pytest.raises(ValueError, match="without a single pair"):
+        exchange_and_compare(problem.features(), problem.levels(), torch.full((4,), -1), SOLO, LossConfig())
+
+
+def test_micro_batches_are_one_batch() -> None:
+    problem, config = Problem.random(3, 12, 2), LossConfig()
+    exchange = Exchange(problem.ids, SOLO, 3)
+    for rows in torch.arange(12).chunk(3):
+        exchange.send([x[rows] for x in problem.features()])
+    loss = contrastive_loss(problem.levels(), exchange.receive(), config)
+    whole = exchange_and_compare(problem.features(), problem.levels(), problem.ids, SOLO, config)
+    for a, b in zip([loss.by_pair, *gradients_of(loss)], [whole.by_pair, *gradients_of(whole)], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("tile_size")
+def test_survives_a_scale_at_which_a_fixed_shift_underflows() -> None:
+    """Rows whose largest logit lies 200 below the bound exp(logit_scale) = 403: exp(-200) is 0 in fp32."""
+    g = torch.Generator().manual_seed(3)
+    image = F.normalize(torch.randn(10, WIDTH := 8, generator=g), dim=-1)
+    text = F.normalize(torch.randn(10, WIDTH, generator=g) - image, dim=-1)
+    level = Level(torch.tensor([6.0]))
+    loss = exchange_and_compare([image, text], [level], torch.arange(10), SOLO, LossConfig())
+    logits = level.logit_scale.double().exp() * image.double() @ text.double().T
+    assert (logits.amax(1) < 403 - 150).any()
+    wanted = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
+    assert float(loss.value) == pytest.approx(wanted.item(), rel=1e-5)
+    assert all(torch.isfinite(g).all() for g in gradients_of(loss))
 
 
 def test_half_precision_features_are_widened() -> None:
-    raw, scales, groups = random_problem(4, 64, 1, torch.float32)
-    low = [x.detach().bfloat16().requires_grad_() for x in raw]
-    got = contrastive_loss(levels_of(low, scales, 1), groups, SOLO, "negative")
-    assert got.total.dtype == got.by_pair.dtype == torch.float32
-    unit = levels_of(low, scales, 1)
-    want = sum(
-        level.weight * reference(level.image.float(), level.text[0].float(), level.logit_scale, groups, "negative")
-        for level in unit
-    )
-    assert_close(got.total, want, atol=1e-5, rtol=1e-5)
+    """In bf16 logits near 14 lie 1/16 apart: the loss would stand still near ln(batch)."""
+    problem = Problem.random(4, 64, 1, torch.float32)
+    low = [x.detach().bfloat16() for x in problem.features()]
+    loss = exchange_and_compare(low, problem.levels(), problem.ids, SOLO, LossConfig())
+    assert loss.value.dtype == torch.float32
+    wanted = problem.dense(LossConfig(), [x.double() for x in low])
+    assert float(loss.value) == pytest.approx(wanted.item(), rel=1e-6)
 
 
-def test_nan_does_not_pass() -> None:
-    raw, scales, groups = random_problem(5, 8, 1)
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_nan_does_not_pass(form: str) -> None:
+    problem = Problem.random(5, 8, 1)
     with torch.no_grad():
-        raw[0][2, 3] = float("nan")
-    assert torch.isnan(contrastive_loss(levels_of(raw, scales, 1), groups, SOLO).total)
+        problem.raw[0][2, 3] = float("nan")
+    config = LossConfig.model_validate({"form": form})
+    loss = exchange_and_compare(problem.features(), problem.levels(form), problem.ids, SOLO, config)
+    assert torch.isnan(loss.value)
+    assert any(torch.isnan(g).any() for g in gradients_of(loss))
+
+
+class _Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_no_matrix_of_all_logits_is_ever_made(monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
+    for module in (answers, tiles):
+        monkeypatch.setattr(module, "TILE_ROWS", 32)
+        monkeypatch.setattr(module, "TILE_COLUMNS", 64)
+    problem, config = Problem.random(6, 400, 1), LossConfig.model_validate(options)
+    features, levels = [x.detach() for x in problem.features()], problem.levels(config.form)
+    with _Largest() as largest:
+        exchange_and_compare(features, levels, problem.ids, SOLO, config)
+    assert 2 * 32 * 64 <= largest.numbers <= 400 * 8 * 2  # two tiles, or the features
