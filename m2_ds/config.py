@@ -123,6 +123,12 @@ class RunConfig(Settings):
     init_from: Path | None = Field(
         None, description="weights to start from: a checkpoint, a canonical folder or a .ckpt"
     )
+    init_pictures: int = Field(
+        0,
+        ge=0,
+        description="pictures of the stream by which a conv stem's scales and shifts are set before the first step; "
+        "0: none, 256 is enough",
+    )
     tokenizer: Path = Field(description="tokenizer folder or sentencepiece .model file")
     model: M2EncoderConfig
     data: DataConfig
@@ -163,6 +169,11 @@ class RunConfig(Settings):
             )
         if self.loss.unimodal_weight == 0 and self.loss.vl_weight == 0:
             raise ValueError("loss.unimodal_weight and loss.vl_weight are both 0: there is nothing to train for")
+        if self.init_pictures and (self.model.stem != "conv" or self.init_from is not None):
+            raise ValueError(
+                f"init_pictures is {self.init_pictures}: it needs model.stem conv (here {self.model.stem}) and fresh "
+                f"weights (init_from is {self.init_from}); set it to 0"
+            )
         if (self.loss.form == "sigmoid") != self.model.logit_bias:
             raise ValueError(
                 f"loss.form is {self.loss.form}, model.logit_bias is {self.model.logit_bias}: the sigmoid loss "

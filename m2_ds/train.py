@@ -60,7 +60,7 @@ def run(config: RunConfig, mesh: "Mesh") -> None:
     from m2_ds.engine.checkpoint import sweep
     from m2_ds.engine.environment import claim, describe
     from m2_ds.engine.optim import freeze_unreached
-    from m2_ds.engine.setup import build_engine, deepspeed_config, zero_stage
+    from m2_ds.engine.setup import build_engine, deepspeed_config, fit_stem, zero_stage
     from m2_ds.engine.trainer import Trainer
     from m2_ds.evaluation.run import run_evaluations
     from m2_ds.files import write_atomically, write_json
@@ -83,6 +83,7 @@ def run(config: RunConfig, mesh: "Mesh") -> None:
         if found is None:  # otherwise every weight comes from there
             if config.init_from is None:
                 init_weights(model, config.model, config.seed)
+                fit_stem(model, config, tokenizer)
             else:
                 load_into(model, config.model, config.init_from)
         freeze_unreached(model, config.loss)

@@ -25,7 +25,7 @@ _FIXED = re.compile(
 )
 # What has no effect on the numbers.
 _FREE = re.compile(
-    r"folder|init_from|tokenizer|micro_batch|model\.(recompute|position_std)|(engine|checkpoint|log|evaluation)(\..*)?"
+    r"folder|init_from|init_pictures|tokenizer|micro_batch|model\.(recompute|position_std)|(engine|checkpoint|log|evaluation)(\..*)?"
     r"|data\.(workers|prefetch|row_group_cache_mb|picture_cache_mb|sources\.\d+\.path)"
 )
 _HYPERPARAMETERS = ("initial_lr", "betas", "eps", "weight_decay", "ceiling")

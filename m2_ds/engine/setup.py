@@ -1,11 +1,12 @@
 """From a configuration and a model to a DeepSpeed engine."""
 
+import contextlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -13,7 +14,10 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from m2_ds.config import RunConfig
+from m2_ds.data.stream import PairBatch, build_loader
+from m2_ds.data.text import Tokenizer
 from m2_ds.engine.optim import build_optimizer, schedule_builder
+from m2_ds.model.encoder import M2Encoder
 from m2_ds.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -85,6 +89,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def zero_stage(settings: dict[str, Any]) -> int:
     """Of a `deepspeed_config`."""
     return int(settings["zero_optimization"]["stage"])
+
+
+def fit_stem(model: M2Encoder, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Fit a conv stem to the first ``init_pictures`` of the stream, the same ones on every rank."""
+    count = config.init_pictures
+    if count:
+        loader = build_loader(config.data, tokenizer, global_batch=count, micro_batch=count, seed=config.seed)
+        with contextlib.closing(cast(Generator[PairBatch, None, None], iter(loader))) as batches:
+            model.backbone.vision_embed.fit(next(batches).images)
 
 
 def build_engine(model: nn.Module, config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Any:

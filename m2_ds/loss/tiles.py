@@ -4,8 +4,9 @@ Rows R [n, E] are unit vectors times exp(logit_scale), columns C [B, E] unit vec
 caller's. ``both``: R and C are one process's whole batch, so the columns' sums and gradients come from the same tiles
 (four matrix products in all); otherwise they belong to other ranks and only the rows' are made.
 
-In softmax form a running log-sum-exp makes any scale safe: a fixed shift would underflow fp32 where exp(logit_scale)
-times (1 - largest cosine of a row) passes 87.
+In softmax form a running log-sum-exp makes any scale safe: one shift for a whole tile would underflow fp32 where
+logits of its rows lie 87 apart. On a CPU, where an exponential costs as much as several additions, one shift is tried
+and looked at; a GPU would have to wait for the look.
 """
 
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def softmax_sums(logits: Logits, smoothing: float) -> tuple[Sums, Sums | None]:
         s = logits.fill(tile)
         _add_targets(logits, s, tile, row_target, column_target, smoothing)
         logits.put(tile, s, -torch.inf)
+        if logits.both and _add_both_lse(row_lse[tile.rows], column_lse[tile.columns], s, logits.scratch(tile)):
+            continue
         _add_lse(row_lse[tile.rows], s, 1, logits.scratch(tile))
         if logits.both:
             _add_lse(column_lse[tile.columns], s, 0, logits.scratch(tile))
@@ -93,6 +96,21 @@ def _add_lse(total: Tensor, s: Tensor, dim: int, scratch: Tensor) -> None:
     largest = s.amax(dim, keepdim=True).clamp_(min=_LOWEST)
     sums = torch.sub(s, largest, out=scratch).exp_().sum(dim)
     torch.logaddexp(total, sums.log_().add_(largest.squeeze(dim)), out=total)
+
+
+def _add_both_lse(rows: Tensor, columns: Tensor, s: Tensor, scratch: Tensor) -> bool:
+    """Both directions from one exponential; False, with nothing added, where a line's sum is too small to trust."""
+    if s.device.type != "cpu":
+        return False
+    shift = s.max()
+    e = torch.sub(s, shift, out=scratch).exp_()
+    sums = e.sum(1), e.sum(0)
+    # What underflows is below `tiny` each: 1e-10 of such a sum at most.
+    if not min(float(x.min()) for x in sums) > 1e14 * torch.finfo(s.dtype).tiny:
+        return False
+    for total, part in zip((rows, columns), sums):
+        torch.logaddexp(total, part.log_().add_(shift), out=total)
+    return True
 
 
 def _add_targets(logits: Logits, s: Tensor, tile: Tile, row: Tensor, column: Tensor, smoothing: float) -> None:
@@ -118,11 +136,18 @@ def softmax_gradients(
     """
     answers = logits.answers
     d_rows, d_columns = _empty_gradients(logits)
+    lowest = _common_shift(row_lse, column_lse)
+    if lowest is not None:
+        row_factor, column_factor = ((lowest - x).exp() for x in (row_lse, column_lse))
     for tile in logits.tiles:
         s = logits.fill(tile)
         logits.put(tile, s, -torch.inf)
-        p = torch.sub(s, row_lse[tile.rows, None], out=logits.scratch(tile)).exp_()
-        p += s.sub_(column_lse[tile.columns]).exp_()
+        if lowest is not None:
+            both = torch.add(row_factor[tile.rows, None], column_factor[tile.columns], out=logits.scratch(tile))
+            p = s.sub_(lowest).exp_().mul_(both)
+        else:
+            p = torch.sub(s, row_lse[tile.rows, None], out=logits.scratch(tile)).exp_()
+            p += s.sub_(column_lse[tile.columns]).exp_()
         if smoothing:
             p -= smoothing / answers.allowed_row[tile.rows, None]
             p -= smoothing / answers.allowed_column[tile.columns]
@@ -130,6 +155,18 @@ def softmax_gradients(
         p.view(-1).index_add_(0, tile.right.flat, tile.right.weight, alpha=-2 * (1 - smoothing))
         _add_products(logits, tile, p, d_rows, d_columns)
     return d_rows, d_columns
+
+
+def _common_shift(row_lse: Tensor, column_lse: Tensor) -> Tensor | None:
+    """The smallest log-sum-exp, where the largest is near enough for exponentials of fp32 to hold the difference.
+
+    Then exp(S - row) + exp(S - column) = exp(S - shift) (exp(shift - row) + exp(shift - column)).
+    """
+    if row_lse.device.type != "cpu":
+        return None
+    lowest = torch.minimum(row_lse.min(), column_lse.min())
+    highest = torch.maximum(row_lse.max(), column_lse.max())
+    return lowest if float(highest - lowest) < 60 else None
 
 
 @dataclass

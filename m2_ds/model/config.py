@@ -28,7 +28,10 @@ class M2EncoderConfig(Settings):
         "patch", description="patch: the release's linear patches; conv: a stack of 3x3 convolutions to the same grid"
     )
     stem_width: int = Field(32, gt=0, description="channels of the conv stem's first stage; doubled at each halving")
-    stem_depth: int = Field(1, gt=0, description="3x3 convolutions a stage of the conv stem")
+    stem_depth: int = Field(1, gt=0, description="3x3 convolutions a stage of the conv stem; residual from the second")
+    stem_full_width: int = Field(
+        0, ge=0, description="channels of one more convolution, at full resolution, before the stages; 0: none"
+    )
     logit_bias: bool = Field(
         False, description="a learned offset of the logits at each level (SigLIP's), for loss.form sigmoid"
     )

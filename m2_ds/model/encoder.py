@@ -124,6 +124,11 @@ class VisionEmbedding(nn.Module):
             x = x / 255
         return (x - 0.5) / 0.5
 
+    def fit(self, images: Tensor) -> None:
+        """Adapt a conv stem's initial scales and shifts to pictures uint8 [B, 3, S, S] (`ConvStem.fit`)."""
+        assert isinstance(self.proj, ConvStem)
+        self.proj.fit(self.normalise(images))
+
     def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """``masked`` (bool [B, P]) puts the mask token in place of patches."""
         if images.dim() != 4 or images.shape[1:] != (3, self.image_size, self.image_size):

@@ -152,3 +152,25 @@ def test_low_precision_attention_is_widened_on_cpu() -> None:
     assert got.dtype == torch.float32
     assert_close(got.double(), build().encode_image(images), atol=0.05, rtol=0)
     assert_close(got.norm(dim=1), torch.ones(6), atol=1e-6, rtol=0)
+
+
+def test_fitting_the_stem_takes_away_what_pictures_have_in_common() -> None:
+    model = build(stem="conv", stem_width=16, stem_depth=2, stem_full_width=8, position_std=0.02)
+    init_weights(model, model.config, 0)
+    g = torch.Generator().manual_seed(1)
+    pictures = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)  # drawings on white
+    pictures[:, :, 8:24, 8:24] = torch.randint(0, 256, (64, 3, 1, 1), generator=g).to(torch.uint8)
+
+    def likeness() -> float:
+        with torch.no_grad():
+            features = model.image_features(pictures).vl
+        return float((features @ features.T).mean())
+
+    before = likeness()
+    model.backbone.vision_embed.fit(pictures)
+    with torch.no_grad():
+        tokens = model.backbone.vision_embed(pictures)[:, 1:].flatten(0, 1)
+    # Up to the 1e-3 that is added to each deviation.
+    assert_close(tokens.mean(0), torch.zeros_like(tokens[0]), atol=1e-4, rtol=0)
+    assert_close(tokens.std(0), torch.ones_like(tokens[0]), atol=0.1, rtol=0)
+    assert before > 0.9 and likeness() < before - 0.2

@@ -1,0 +1,481 @@
+#!/usr/bin/env python
+"""Global, grouped and accumulated contrastive training on a network whose links are slow: 4 nodes of 2 ranks.
+
+Real steps of a small M2-Encoder under DeepSpeed, every method with the same micro-batch, in the same processes, at
+several link rates. Nodes are network namespaces (benchmarks/network.py), so this needs root:
+
+    sudo python benchmarks/grouped_aggregation.py
+
+Methods: "global" gathers features over all ranks with gradient (a reduce-scatter in backward) and reduces parameter
+gradients after every micro-batch; "grouped" and "accumulated" are m2_ds's step with groups of g ranks and k
+micro-batches; "regather" accumulates as open_clip does: all k features are gathered again, with gradient, for each
+micro-batch, and parameter gradients reduced each time.
+
+The step-time model (m2_ds/plan/step_time.py) is calibrated on the arithmetic of the unshaped run and on the network's
+measured bandwidth and latency, and compared with every measured step; then it predicts clusters of A100s.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).resolve().parent
+NODES, RANKS_PER_NODE = 4, 2
+RANKS = NODES * RANKS_PER_NODE
+PAIRS = 16  # of a micro-batch
+PORT = "29611"
+Kind = Literal["global", "grouped", "regather"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained with. ``kind`` as in m2_ds.plan.step_time."""
+
+    kind: Kind
+    group: int
+    micro_batches: int
+    placement: Literal["contiguous", "strided"] = "contiguous"
+
+    @property
+    def name(self) -> str:
+        if self.kind == "global":
+            return "global ITC"
+        if self.kind == "regather":
+            return f"open_clip-style, k {self.micro_batches}"
+        strided = ", strided" if self.placement == "strided" else ""
+        return f"GBA g {self.group}, k {self.micro_batches}{strided}"
+
+
+METHODS = (
+    Method("global", RANKS, 1),
+    Method("grouped", 8, 1),
+    Method("grouped", 2, 1),
+    Method("grouped", 1, 1),
+    Method("grouped", 8, 4),
+    Method("grouped", 4, 4),
+    Method("grouped", 4, 4, "strided"),
+    Method("grouped", 2, 4),
+    Method("grouped", 2, 8),
+    Method("regather", RANKS, 4),
+    Method("regather", RANKS, 8),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    rates: tuple[float, ...] = (200.0, 1000.0)
+    """Link rates in Mbit/s; the unshaped network is measured first, for calibration."""
+    steps: int = 4
+    """Counted optimizer steps a method (fewer where k > 1 make them long: at least 2)."""
+    out: Path = HERE / "results" / "grouped_aggregation.json"
+    """Results; a table (.md) and a plot (.png) of the same name are written beside it."""
+
+
+@dataclass
+class Measured:
+    """Means over the counted steps of one method at one rate. Seconds and bytes are of an optimizer step."""
+
+    method: Method
+    step_s: float
+    samples_per_s: float
+    waiting_s: float  # rank 0's host in collectives, for data and for slower ranks
+    arithmetic_s: float  # CPU seconds of all ranks' steps over this machine's cores
+    bytes: dict[str, float]  # by kind, a rank, as counted where collectives are called
+    wire_bytes: float  # that left the first node's link
+
+
+@dataclass
+class Rate:
+    """Everything measured at one link rate; None: unshaped."""
+
+    mbit: float | None
+    bandwidth: float  # bytes/s, of a large all-reduce over all ranks
+    latency: float  # seconds a hop, of a tiny one
+    methods: list[Measured] = field(default_factory=list)
+
+
+# -- one rank ------------------------------------------------------------------------------------------------------
+
+
+def work(steps: int) -> None:
+    """Inside a rank: measure all methods; the first rank prints them as JSON."""
+    import torch
+    import torch.distributed as dist
+
+    from m2_ds.engine.setup import quiet
+    from m2_ds.parallel.collectives import barrier
+    from m2_ds.parallel.config import ContrastGroupConfig
+    from m2_ds.parallel.mesh import Mesh
+
+    torch.set_num_threads(1)
+    quiet()
+    mesh = Mesh.start(timeout_minutes=5)
+    big, small = torch.zeros(1_000_000), torch.zeros(1)
+    bandwidth = 2 * 7 / 8 * 4e6 / min(_seconds(lambda: dist.all_reduce(big), 3))
+    latency = statistics.median(_seconds(lambda: dist.all_reduce(small), 20)) / (2 * (RANKS - 1))
+    found = []
+    for method in METHODS:
+        here = mesh.with_contrast_group(ContrastGroupConfig(size=method.group, placement=method.placement))
+        step = _step(method, here)
+        step()
+        step()
+        count = max(2, steps // method.micro_batches)
+        barrier(mesh.data_parallel)
+        mesh.traffic.take()
+        wire, cpu, started = _wire(), time.process_time(), time.perf_counter()
+        for _ in range(count):
+            step()
+        barrier(mesh.data_parallel)
+        seconds = (time.perf_counter() - started) / count
+        used = torch.tensor([time.process_time() - cpu])
+        sent, waited = mesh.traffic.take()
+        wired = (_wire() - wire) / count
+        dist.all_reduce(used)
+        pairs = RANKS * PAIRS * method.micro_batches
+        found.append(
+            Measured(
+                method,
+                seconds,
+                pairs / seconds,
+                sum(waited.values()) / count,
+                float(used) / count / min(RANKS, len(os.sched_getaffinity(0))),
+                {kind: x / count for kind, x in sent.items()},
+                wired,
+            )
+        )
+    if mesh.is_first:
+        print(json.dumps({"bandwidth": bandwidth, "latency": latency, "methods": [asdict(m) for m in found]}))
+    mesh.stop()
+
+
+def _seconds(call: Callable[[], Any], count: int) -> list[float]:
+    call()
+    found = []
+    for _ in range(count):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def _wire() -> int:
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
+def _step(method: Method, mesh: Any) -> Callable[[], None]:
+    """One optimizer step of a fresh model."""
+    from m2_ds.config import RunConfig
+    from m2_ds.engine.optim import freeze_unreached
+    from m2_ds.engine.setup import build_engine, deepspeed_config
+    from m2_ds.engine.step import ContrastiveStep
+    from m2_ds.model.encoder import M2Encoder
+    from m2_ds.model.weights import init_weights
+
+    model = {"preset": "test", "hidden_size": 128, "num_heads": 2, "embed_dim": 128, "vocab_size": 4000}
+    config = RunConfig.model_validate(
+        {
+            "folder": "unused", "steps": 10**6, "tokenizer": "unused", "model": model,
+            "global_batch": RANKS * PAIRS * method.micro_batches, "micro_batch": PAIRS,
+            "data": {"sources": [{"path": "unused", "split": "train"}]},
+            "engine": {"deepspeed": str(HERE.parent / "ds_configs" / "zero0.json"), "threads": 1},
+        }
+    )  # fmt: skip
+    network = M2Encoder(config.model)
+    init_weights(network, config.model, config.seed)
+    freeze_unreached(network, config.loss)
+    engine = build_engine(network, config, deepspeed_config(config, mesh), mesh)
+    engine.train()
+    batches = [_random_pairs(config.model, mesh.rank * 100 + micro) for micro in range(method.micro_batches)]
+    if method.kind == "grouped":
+        step = ContrastiveStep(engine, config, mesh, languages=1)
+        return lambda: step(batches) and None
+    return lambda: _regathering_step(engine, mesh, batches)
+
+
+def _random_pairs(model: Any, seed: int) -> Any:
+    import torch
+
+    from m2_ds.data.stream import PairBatch
+
+    g = torch.Generator().manual_seed(seed)
+    return PairBatch(
+        images=torch.randint(0, 256, (PAIRS, 3, model.image_size, model.image_size), generator=g).to(torch.uint8),
+        ids=torch.randint(0, model.vocab_size, (1, PAIRS, 12), generator=g),
+        mask=torch.ones(1, PAIRS, 12, dtype=torch.int64),
+        language=torch.zeros(1, PAIRS, dtype=torch.int64),
+        group=torch.arange(PAIRS) + seed * PAIRS,
+        slot=torch.arange(PAIRS) + seed * PAIRS,
+        keys=[],
+        skipped={},
+    )
+
+
+def _regathering_step(engine: Any, mesh: Any, batches: list[Any]) -> None:
+    """Plain ITC for one micro-batch; for several, all features gathered again around each one that has a graph."""
+    import torch
+
+    def forward(batch: Any) -> tuple[list[torch.Tensor], Any]:
+        image, text, logits = engine(batch.images, batch.ids[0], batch.mask[0], None, None)
+        return [image.unimodal, text.unimodal, image.vl, text.vl], logits.scale
+
+    cached: list[list[torch.Tensor]] = []
+    if len(batches) > 1:
+        with torch.no_grad():
+            cached = [forward(batch)[0] for batch in batches]
+    for number, batch in enumerate(batches):
+        features, scales = forward(batch)
+        parts = cached[:number] + [features] + cached[number + 1 :] if cached else [features]
+        packed = torch.stack([torch.cat(same) for same in zip(*parts)], dim=1)
+        everyone = _gather_with_gradient()(packed, mesh.data_parallel)
+        loss = _plain_loss(packed, everyone, scales, mesh.rank)
+        last = number == len(batches) - 1
+        engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            engine.buffered_allreduce_fallback()  # DistributedDataParallel reduces after every backward
+        engine.step()
+
+
+def _plain_loss(own: Any, everyone: Any, scales: Any, rank: int) -> Any:
+    """Cross entropy of own rows against everyone's columns, both ways, both levels."""
+    import torch
+    from torch.nn import functional as F
+
+    target = torch.arange(rank * len(own), (rank + 1) * len(own))
+    loss = torch.zeros(())
+    for level, scale in enumerate(scales):
+        i, t = 2 * level, 2 * level + 1
+        for a, b in ((i, t), (t, i)):
+            loss = loss + F.cross_entropy(scale.exp() * own[:, a] @ everyone[:, b].T, target) / 2
+    return loss
+
+
+def _gather_with_gradient() -> Callable[..., Any]:
+    import torch
+    import torch.distributed as dist
+
+    from m2_ds.parallel.traffic import size_of
+
+    class Gather(torch.autograd.Function):
+        """All-gather whose backward sums the gradients that all ranks have for a rank's rows (reduce-scatter)."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Any, group: Any) -> Any:
+            ctx.group = group
+            out = x.new_empty(group.size * len(x), *x.shape[1:])
+            with group.traffic.sending("features", (group.size - 1) * size_of(x)):
+                dist.all_gather_into_tensor(out, x.contiguous(), group=group.process_group)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            (grad,), group = grads, ctx.group
+            own = grad.new_empty(len(grad) // group.size, *grad.shape[1:])
+            with group.traffic.sending("feature gradients", (group.size - 1) * size_of(own)):
+                dist.reduce_scatter_tensor(own, grad.contiguous(), group=group.process_group)
+            return own, None
+
+    return Gather.apply
+
+
+# -- the driver ----------------------------------------------------------------------------------------------------
+
+
+def measure(mbit: float | None, steps: int) -> Rate:
+    import network
+
+    with network.nodes(NODES, mbit) as nodes:
+        processes = []
+        for rank in range(RANKS):
+            node = nodes[rank // RANKS_PER_NODE]
+            environment = {
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank % RANKS_PER_NODE),
+                "GROUP_RANK": str(node.number), "MASTER_ADDR": nodes[0].address, "MASTER_PORT": PORT,
+                "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                "DS_ACCELERATOR": "cpu",
+            }  # fmt: skip
+            command = node.inside([sys.executable, __file__, "work", str(steps)])
+            out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+            processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
+        try:
+            printed, _ = processes[0].communicate(timeout=1800)
+            if processes[0].returncode:
+                raise ValueError(f"the ranks at {mbit} Mbit/s failed; their errors are above")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    found = json.loads(printed.splitlines()[-1])
+    methods = [Measured(Method(**m.pop("method")), **m) for m in found.pop("methods")]
+    return Rate(mbit, **found, methods=methods)
+
+
+def _of(rate: Rate, method: Method) -> Measured:
+    return next(m for m in rate.methods if m.method == method)
+
+
+def calibrated(free: Rate) -> Any:
+    """The work of a rank, from the unshaped run: CPU seconds of the first and the accumulated steps."""
+    from m2_ds.plan.step_time import Work
+
+    one, four = _of(free, Method("grouped", 2, 1)), _of(free, Method("grouped", 2, 4))
+    # four = 4 forward_backward + 3 forward + update; one = forward_backward + update; a forward is a third of both.
+    forward_backward = (four.arithmetic_s - one.arithmetic_s) / (3 + 3 / 3)
+    gradients = one.bytes["gradients"] / (2 * (RANKS - 1) / RANKS)
+    return Work(
+        micro_batch=PAIRS, matrices=4, embed_dim=128, parameters=gradients / 4, forward_s=forward_backward / 3,
+        forward_backward_s=forward_backward, update_s=max(0.0, one.arithmetic_s - forward_backward),
+    )  # fmt: skip
+
+
+def predicted(work: Any, rate: Rate, free: Rate, method: Method) -> Any:
+    from m2_ds.plan.step_time import Fabric, Layout, step_time
+
+    fabric = Fabric(RANKS_PER_NODE, rate.bandwidth, free.bandwidth, rate.latency, free.latency)
+    return step_time(work, fabric, Layout(method.kind, RANKS, method.group, method.micro_batches, method.placement))
+
+
+def table(rates: list[Rate], work: Any) -> Iterator[str]:
+    free = rates[0]
+    for rate in rates:
+        title = "as fast as the links go" if rate.mbit is None else f"{rate.mbit:.0f} Mbit/s"
+        yield f"\n## {title} ({rate.bandwidth / 1e6:.1f} MB/s measured, {rate.latency * 1e6:.0f} us a hop)\n"
+        head = ["method", "B", "samples/s", "x global", "s a micro-batch", "arithmetic", "waiting"]
+        head += ["MB: features", "MB: gradients", "MB: on the wire", "model samples/s", "error"]
+        yield "| " + " | ".join(head) + " |\n|" + "---|" * len(head)
+        base = _of(rate, METHODS[0]).samples_per_s
+        for m in rate.methods:
+            k = m.method.micro_batches
+            batch = m.method.group * k * PAIRS
+            features = sum(m.bytes.get(kind, 0) for kind in ("features", "feature gradients", "log-sum-exp", "ids"))
+            model = predicted(work, rate, free, m.method)
+            cells = [
+                m.method.name, str(batch), f"{m.samples_per_s:.0f}", f"{m.samples_per_s / base:.2f}",
+                f"{m.step_s / k:.3f}", f"{m.arithmetic_s / k:.3f}", f"{m.waiting_s / k:.3f}",
+                f"{features / k / 1e6:.3f}", f"{m.bytes['gradients'] / k / 1e6:.2f}", f"{m.wire_bytes / k / 1e6:.2f}",
+                f"{model.samples_per_s:.0f}", f"{100 * (model.samples_per_s / m.samples_per_s - 1):+.0f}%",
+            ]  # fmt: skip
+            yield "| " + " | ".join(cells) + " |"
+
+
+# Node links in Gbit/s: eight 200 Gbit/s adapters, two of them, one of 100 and one of 25.
+FABRICS = {"8 x 200": 1600, "2 x 200": 400, "100": 100, "25": 25}
+A100_FLOPS, MFU = 312e12, 0.45
+NVLINK, HOP = 240e9, (8e-6, 3e-6)  # bytes/s inside a node; seconds a hop between nodes and inside
+CLUSTER = (32, 8)
+MICRO_BATCHES = {"0.4b": 128, "1b": 64, "10b": 16}
+
+
+def clusters() -> Iterator[str]:
+    """The model's word, calibrated on data sheets: 32 nodes x 8 A100, bf16 gradients and features."""
+    from m2_ds.engine.flops import StepFlops
+    from m2_ds.model.config import M2EncoderConfig
+    from m2_ds.plan.step_time import Fabric, Layout, Work, step_time
+
+    nodes, per_node = CLUSTER
+    ranks = nodes * per_node
+    head = ["model", "b", "Gbit/s a node", "global samples/s", "arithmetic", "features", "gradients"]
+    head += ["grouped only (g 8, k 1)", "GBA g 8, k 4", "GBA g 64, k 4", "GBA g 256, k 4", "accumulated gradients only"]
+    yield "| " + " | ".join(head) + " |\n|" + "---|" * len(head)
+    for name, pairs in MICRO_BATCHES.items():
+        config = M2EncoderConfig.preset(name)
+        flops = StepFlops(config)
+        forward = pairs * (flops.image() + flops.text(20)) / (A100_FLOPS * MFU)
+        parameters = _parameters(config)
+        work = Work(pairs, 4, config.embed_dim, parameters, forward, 3 * forward, 0.0, 2, 2)
+        for label, gbit in FABRICS.items():
+            fabric = Fabric(per_node, gbit * 1e9 / 8, NVLINK, *HOP)
+
+            def step(method: Kind, g: int, k: int, fabric: Any = fabric, work: Any = work) -> Any:
+                return step_time(work, fabric, Layout(method, ranks, g, k))
+
+            base = step("global", ranks, 1)
+            gain = [
+                step("grouped", g, k).samples_per_s / base.samples_per_s for g, k in ((8, 1), (8, 4), (64, 4), (256, 4))
+            ]
+            # Four micro-batches of plain ITC whose gradients are reduced once: what accumulation alone gives.
+            once = 4 * base.pairs / (4 * (base.arithmetic + base.features) + base.gradients) / base.samples_per_s
+            shares = [100 * x / base.total for x in (base.arithmetic, base.features, base.gradients)]
+            cells = [name, str(pairs), label, f"{base.samples_per_s:,.0f}", *(f"{s:.1f}%" for s in shares)]
+            yield "| " + " | ".join([*cells, *(f"{x:.2f} x" for x in [*gain, once])]) + " |"
+
+
+def _parameters(config: Any) -> int:
+    import torch
+
+    from m2_ds.model.encoder import M2Encoder
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in M2Encoder(config).parameters())
+
+
+def plot(rates: list[Rate], work: Any, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shaped = [rate for rate in rates if rate.mbit is not None]
+    figure, axes = plt.subplots(1, len(shaped), figsize=(6.2 * len(shaped), 5), layout="constrained", squeeze=False)
+    for axis, rate in zip(axes[0], shaped):
+        names = [m.method.name for m in rate.methods]
+        arithmetic = [m.arithmetic_s / m.method.micro_batches for m in rate.methods]
+        rest = [m.step_s / m.method.micro_batches - a for m, a in zip(rate.methods, arithmetic)]
+        axis.barh(names, arithmetic, color="#4878a8", label="arithmetic")
+        axis.barh(names, rest, left=arithmetic, color="#e0a458", label="waiting for the network")
+        model = [predicted(work, rate, rates[0], m.method) for m in rate.methods]
+        points = [p.total / m.method.micro_batches for p, m in zip(model, rate.methods)]
+        axis.plot(points, names, "k|", markersize=14, label="model")
+        base = rate.methods[0].samples_per_s
+        for place, m in enumerate(rate.methods):
+            axis.annotate(f" {m.samples_per_s / base:.2f} x", (m.step_s / m.method.micro_batches, place), va="center")
+        axis.set_xlim(right=1.15 * max(m.step_s / m.method.micro_batches for m in rate.methods))
+        axis.invert_yaxis()
+        axis.set_xlabel("seconds a micro-batch")
+        axis.set_title(f"{NODES} nodes x {RANKS_PER_NODE} ranks, links of {rate.mbit:.0f} Mbit/s")
+    axes[0][0].legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def main(options: Options) -> None:
+    rates = [measure(mbit, options.steps) for mbit in (None, *options.rates)]
+    work = calibrated(rates[0])
+    head = (
+        f"{time.strftime('%Y-%m-%d')}, {len(os.sched_getaffinity(0))} cores for all {RANKS} ranks; {PAIRS} pairs a "
+        f"micro-batch and rank, {work.parameters / 1e6:.1f} M parameters, 4 matrices of features of width 128, fp32. "
+        "Seconds and megabytes are those of a rank and micro-batch; arithmetic is the CPU time of all ranks over the "
+        "cores, waiting the time of the first rank in collectives, for data and for ranks that still compute."
+    )
+    lines = ["# Grouped aggregation on shaped links", "", head]
+    lines += table(rates, work)
+    lines += [
+        f"\n## Predicted: {CLUSTER[0]} nodes x {CLUSTER[1]} A100\n",
+        f"The same model on data sheets: {A100_FLOPS / 1e12:.0f} TFLOP/s at {100 * MFU:.0f}% MFU, "
+        f"{NVLINK / 1e9:.0f} GB/s inside a node, gradients and features in bf16, nothing overlapped. Shares are of the "
+        "global step; gains are over it in samples/s.\n",
+    ]
+    lines += clusters()
+    text = "\n".join(lines) + "\n"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"work": asdict(work), "rates": [asdict(rate) for rate in rates]}
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(text)
+    plot(rates, work, options.out.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["work"]:
+        work(int(sys.argv[2]))
+    else:
+        import tyro
+
+        main(tyro.cli(Options, description=__doc__))
