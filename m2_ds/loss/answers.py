@@ -54,8 +54,8 @@ class Answers:
         self.pairs = self.columns - int(padding.sum())
         if self.pairs == 0:
             raise ValueError("a contrastive batch without a single pair: every row of every rank is padding")
-        self.padding = padding.nonzero()[:, 0].to(device) if self.pairs < self.columns else None
-        self.valid = (own != PADDING).to(device, dtype) if self.padding is not None else None
+        self.padding = self._sent(padding.nonzero()[:, 0]) if self.pairs < self.columns else None
+        self.valid = self._sent((own != PADDING).to(dtype)) if self.padding is not None else None
 
         order = everyone.argsort(stable=True)
         ordered = everyone[order]
@@ -77,10 +77,10 @@ class Answers:
             self._excluded = self._by_tile(same[left_out], column[left_out], torch.ones(int(left_out.sum())))
         # Columns that count for a row, and rows that count for a column: over them label smoothing spreads its share.
         left_out_of = (count - 1).clamp(min=0) if repeats == "exclude" else torch.zeros_like(count)
-        self.allowed_row = (self.pairs - left_out_of).to(device, dtype)
+        self.allowed_row = self._sent((self.pairs - left_out_of).to(dtype))
         ids, inverse, counts = everyone.unique(return_inverse=True, return_counts=True)
         left_out_of = counts[inverse] - 1 if repeats == "exclude" else torch.zeros_like(inverse)
-        self.allowed_column = (self.pairs - left_out_of).to(device, dtype)
+        self.allowed_column = self._sent((self.pairs - left_out_of).to(dtype))
 
     def tiles(self) -> list[Tile]:
         """All rectangles, row by row."""
@@ -93,6 +93,10 @@ class Answers:
             )
             for (top, left), right, excluded in zip(self._corners(), self._right, self._excluded)
         ]
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """On the device, without waiting for what it is at work on (which copies from pageable memory would)."""
+        return x if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
     def _corners(self) -> list[tuple[int, int]]:
         return [(t, c) for t in range(0, self.rows, TILE_ROWS) for c in range(0, self.columns, TILE_COLUMNS)]
@@ -107,6 +111,6 @@ class Answers:
         width = (self.columns - left).clamp(max=TILE_COLUMNS)
         row, column = row % TILE_ROWS, column - left
         bounds = torch.searchsorted(number, torch.arange(len(self._corners()) + 1)).tolist()
-        row, column, flat = (x.to(self.device) for x in (row, column, row * width + column))
-        weight = weight.to(self.device, self.dtype)
+        row, column, flat = (self._sent(x) for x in (row, column, row * width + column))
+        weight = self._sent(weight.to(self.dtype))
         return [Marks(row[a:b], column[a:b], flat[a:b], weight[a:b]) for a, b in zip(bounds, bounds[1:])]

@@ -16,6 +16,22 @@ from m2_ds.parallel.mesh import Group
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class _HostCopy:
+    """A tensor on its way to the host: asked for before the step's work, it is there when the loss needs it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.out, self.arrived = x, None
+        if x.device.type == "cuda":
+            self.out = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def get(self) -> Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.out
+
+
 class Exchange:
     """Sends own features of k micro-batches to the group and holds what came back.
 
@@ -26,7 +42,7 @@ class Exchange:
         """``ids`` int64 [n]: the pairs' groups; sent first, so that they are on the host when the loss needs them."""
         self.group, self.micro_batches, self.precision = group, micro_batches, precision
         self.own_ids = ids
-        self._ids = start_all_gather(ids, group, "ids")
+        self._ids = _HostCopy(start_all_gather(ids, group, "ids").wait())
         self._sent: list[list[Tensor]] = []
         self._gatherings: list[Gathering] = []
         self._buffer: Tensor | None = None
@@ -48,7 +64,7 @@ class Exchange:
 
     def receive(self) -> "Pool":
         """Wait for everything that was sent."""
-        ids = self._ids.wait().cpu()
+        ids = self._ids.get()
         g, k = self.group.size, self.micro_batches
         b = len(self.own_ids) // k
         place = torch.arange(g * k * b).view(k, g, b)[:, self.group.rank].reshape(-1)

@@ -59,6 +59,11 @@ class Logits:
         return self._buffers[buffer, : height * width].view(height, width)
 
 
+def _may_look(x: Tensor) -> bool:
+    """Whether the host can read a number without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 @dataclass
 class Sums:
     """Of one direction: log-sum-exp and loss of every row (or column)."""
@@ -100,7 +105,7 @@ def _add_lse(total: Tensor, s: Tensor, dim: int, scratch: Tensor) -> None:
 
 def _add_both_lse(rows: Tensor, columns: Tensor, s: Tensor, scratch: Tensor) -> bool:
     """Both directions from one exponential; False, with nothing added, where a line's sum is too small to trust."""
-    if s.device.type != "cpu":
+    if not _may_look(s):
         return False
     shift = s.max()
     e = torch.sub(s, shift, out=scratch).exp_()
@@ -162,7 +167,7 @@ def _common_shift(row_lse: Tensor, column_lse: Tensor) -> Tensor | None:
 
     Then exp(S - row) + exp(S - column) = exp(S - shift) (exp(shift - row) + exp(shift - column)).
     """
-    if row_lse.device.type != "cpu":
+    if not _may_look(row_lse):
         return None
     lowest = torch.minimum(row_lse.min(), column_lse.min())
     highest = torch.maximum(row_lse.max(), column_lse.max())

@@ -22,6 +22,7 @@ from tests.support.ranks import run_ranks
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 RANKS = (1, 2, 4)
 OFFLOAD = ("zero2_offload", "zero3_offload")
+IN_PARTS = ("zero1 in parts", "zero3 in parts")  # each rank's 8 pairs in 4 micro-batches
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,11 @@ def runs(
     folder = tmp_path_factory.mktemp("exact")
     found = {}
     for ranks in RANKS:
-        names = STAGES + (OFFLOAD if ranks == 2 else ())
-        trees = [
-            changed(recipe, {"folder": str(folder / f"{name}-{ranks}"), "engine.deepspeed": str(deepspeed_files[name])})
-            for name in names
-        ]
+        names = STAGES + (OFFLOAD + IN_PARTS if ranks == 2 else ())
+        trees = []
+        for name in names:
+            own = {"folder": str(folder / f"{name}-{ranks}"), "engine.deepspeed": str(deepspeed_files[name.split()[0]])}
+            trees.append(changed(recipe, {**own, "micro_batch": 2 if name in IN_PARTS else None}))
         for errors in run_ranks(ranks, train_all, trees, seconds=200):
             assert errors == [None] * len(names), errors
         found.update({(name, ranks): Path(tree["folder"]) for name, tree in zip(names, trees)})
@@ -122,7 +123,7 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max(((found[n] - w).abs().max() / w.abs().max().clamp(min=1e-3)).item() for n, w in wanted.items())
 
 
-ALL = [(name, ranks) for ranks in RANKS for name in STAGES + (OFFLOAD if ranks == 2 else ())]
+ALL = [(name, ranks) for ranks in RANKS for name in STAGES + (OFFLOAD + IN_PARTS if ranks == 2 else ())]
 
 
 @pytest.mark.distributed
