@@ -55,6 +55,12 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(Settings):
     """AdamW (arXiv 1711.05101). Weight matrices and kernels decay; biases, norms, scales and positions never do."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: matrices and convolutions of layers and stem by orthogonalised momentum, embeddings, heads "
+        "and vectors by AdamW, at the same learning rate; needs ZeRO stage 0",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="of muon")
     lr: float = Field(1e-3, gt=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)

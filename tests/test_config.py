@@ -229,8 +229,8 @@ def test_every_recipe_loads(file: Path) -> None:
             (json.dumps({"zero_optimization": {"stage": 1}, key: 1}), f"sets '{key}'; set {ours} in the recipe instead")
             for key, ours in [
                 ("train_batch_size", "global_batch"),
-                ("train_micro_batch_size_per_gpu", "global_batch"),
-                ("gradient_accumulation_steps", "global_batch"),
+                ("train_micro_batch_size_per_gpu", "micro_batch"),
+                ("gradient_accumulation_steps", "micro_batch"),
                 ("gradient_clipping", "optim.grad_clip"),
                 ("optimizer", "optim"),
                 ("scheduler", "optim.schedule"),
@@ -249,3 +249,35 @@ def test_a_wrong_deepspeed_file_is_told(recipe: Path, tmp_path: Path, content: s
     with pytest.raises(ValueError, match="ds.json") as caught:
         deepspeed_config(load_config(recipe, [f"engine.deepspeed={path}"]), mesh())
     assert words in str(caught.value)
+
+
+def test_settings_that_do_not_go_together_are_told(recipe: Path) -> None:
+    zero1 = ROOT / "ds_configs" / "zero1.json"
+    for overrides, words in [
+        (["optim.kind=muon", f"engine.deepspeed={zero1}"], "ZeRO stage 1 .* set engine.deepspeed to a file of stage 0"),
+        (
+            [
+                "engine.kept_graphs=2",
+                "engine.reduce_once=false",
+                "micro_batch=1",
+                f"engine.deepspeed={zero1.parent}/zero3.json",
+            ],
+            "Set kept_graphs: 1 or reduce_once: true",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            deepspeed_config(load_config(recipe, overrides), mesh())
+    for override, words in [
+        ("loss.form=sigmoid", "the sigmoid loss needs the bias"),
+        ("model.logit_bias=true", "the sigmoid loss needs the bias"),
+        ("loss={form: sigmoid, label_smoothing: 0.1}", "label_smoothing belongs to form softmax"),
+        ("init_pictures=10", "needs model.stem conv"),
+        ("parallel.contrast_group={size: 2, nodes: 1}", "not both"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load_config(recipe, [override])
+    with pytest.raises(
+        ValueError, match=r"micro_batch 3 does not divide the 8 pairs of each of 1 ranks; use one of \[1, 2, 4, 8\]"
+    ):
+        load_config(recipe, ["micro_batch=3"]).batch_shape(1)
+    assert load_config(recipe, ["micro_batch=2"]).batch_shape(2) == (2, 2)

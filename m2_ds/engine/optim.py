@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from m2_ds.config import OptimConfig, ParameterRule, ScheduleConfig
+from m2_ds.engine.muon import MuonAdamW
 from m2_ds.loss.config import LossConfig
 from m2_ds.model.weights import LOGIT_SCALES, canonical_names, freeze_unused
 
@@ -34,7 +35,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
 
     Raises ValueError for a rule that no parameter matches (most likely a misspelt pattern).
     """
-    groups: dict[tuple[float, float, float | None], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float | None, int], list[nn.Parameter]] = {}
     hits = [0] * len(config.rules)
     for name, parameter in model.named_parameters():
         names = canonical_names(name)
@@ -51,6 +52,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
                 1.0 if scale is None else scale,
                 _decay(name, parameter, config) if decay is None else decay,
                 ceiling,
+                _muon_parts(name, parameter) if config.kind == "muon" else 0,
             )
             groups.setdefault(key, []).append(parameter)
     for rule, count in zip(config.rules, hits):
@@ -62,8 +64,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
     if not groups:
         raise ValueError("optim.rules freeze every weight: there is nothing to train")
     return [
-        {"params": parameters, "lr": config.lr * scale, "weight_decay": decay, "ceiling": ceiling}
-        for (scale, decay, ceiling), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr": config.lr * scale,
+            "weight_decay": decay,
+            "ceiling": ceiling,
+            **({"muon": parts > 0, "parts": parts} if config.kind == "muon" else {}),
+        }
+        for (scale, decay, ceiling, parts), parameters in groups.items()
     ]
 
 
@@ -76,15 +84,28 @@ def _decay(name: str, parameter: nn.Parameter, config: OptimConfig) -> float:
     return 0.0 if plain else config.weight_decay
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """torch's AdamW, fused into one kernel a group, with the logit scales held under their ceiling.
+def _muon_parts(name: str, parameter: nn.Parameter) -> int:
+    """How many matrices that Muon updates a weight stacks; 0 for what AdamW updates (inputs, outputs, vectors)."""
+    if parameter.dim() < 2 or name.startswith("itc_") or any(part in name for part in (*_NOT_DECAYED, "text_embed")):
+        return 0
+    return 3 if ".qkv_proj." in name else 1
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp32") -> torch.optim.Optimizer:
+    """torch's AdamW, fused into one kernel a group, or Muon beside it; the logit scales are held under their ceiling.
 
     The clamp acts on what the optimizer holds, right after its step: under ZeRO that is the fp32 master copy (padded
     with zeros), from which the engine then refreshes the model's own.
     """
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    groups = parameter_groups(model, config)
+    optimizer: torch.optim.Optimizer
+    if config.kind == "muon":
+        compute = torch.bfloat16 if precision == "bf16" else torch.float32
+        optimizer = MuonAdamW(
+            groups, momentum=config.momentum, compute=compute, lr=config.lr, betas=config.betas, eps=config.eps
+        )
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer.register_step_post_hook(_clamp)
     return optimizer
 

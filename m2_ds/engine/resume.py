@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # What a run cannot change on its way: the position in the stream, weights or optimizer state would not fit.
 _FIXED = re.compile(
-    r"seed|global_batch|engine\.precision|optim\.rules(\..*)?|loss\.(unimodal|vl)_weight"
+    r"seed|global_batch|engine\.precision|optim\.(kind|rules(\..*)?)|loss\.(unimodal|vl)_weight"
     r"|model\.(?!drop_path|patch_drop|recompute|position_std)\w+"
 )
 # What has no effect on the numbers.

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 # What the run's own configuration decides; a DeepSpeed file that sets one of these would be silently overruled.
 _OURS = {
     "train_batch_size": "global_batch",
-    "train_micro_batch_size_per_gpu": "global_batch",
-    "gradient_accumulation_steps": "global_batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "micro_batch",
     "gradient_clipping": "optim.grad_clip",
     "optimizer": "optim",
     "scheduler": "optim.schedule",
@@ -55,6 +55,11 @@ def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         raise ValueError(
             f'engine.deepspeed: {path} must hold {{"zero_optimization": {{"stage": 0, 1, 2 or 3, ...}}, ...}}; '
             f"the stage found there is {stage!r}"
+        )
+    if config.optim.kind == "muon" and stage > 0:
+        raise ValueError(
+            f"optim.kind muon works on whole matrices, and ZeRO stage {stage} ({path}) cuts them; set "
+            "engine.deepspeed to a file of stage 0 (ds_configs/zero0.json), or optim.kind: adamw"
         )
     for key in _OURS.keys() & given.keys():
         raise ValueError(f"{path} sets {key!r}; set {_OURS[key]} in the recipe instead and remove it there")
@@ -102,7 +107,7 @@ def fit_stem(model: M2Encoder, config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def build_engine(model: nn.Module, config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Any:
     """Wrap the model: optimizer, schedule, ZeRO as ``settings`` (a `deepspeed_config`) say."""
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, config.engine.precision)
     engine, *_ = deepspeed.initialize(
         model=model.to(mesh.device),
         optimizer=optimizer,
@@ -126,7 +131,8 @@ def _undo_first_step(optimizer: Any) -> None:
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         for low, master in low_and_master(optimizer):
             master.data.copy_(low.data)
-            optimizer.optimizer.state[master]["step"].zero_()
+            if "step" in (state := optimizer.optimizer.state[master]):  # Muon counts none
+                state["step"].zero_()
 
 
 def low_and_master(optimizer: Any) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

@@ -38,9 +38,12 @@ def runs(
         for name in names:
             own = {"folder": str(folder / f"{name}-{ranks}"), "engine.deepspeed": str(deepspeed_files[name.split()[0]])}
             trees.append(changed(recipe, {**own, "micro_batch": 2 if name in IN_PARTS else None}))
+        muon = {"folder": str(folder / f"muon-{ranks}"), "engine.deepspeed": str(deepspeed_files["zero0"])}
+        names += ("muon",)
+        trees.insert(0, changed(recipe, {**muon, "optim.kind": "muon"}))
         for errors in run_ranks(ranks, train_all, trees, seconds=200):
             assert errors == [None] * len(names), errors
-        found.update({(name, ranks): Path(tree["folder"]) for name, tree in zip(names, trees)})
+        found.update({(name, ranks): folder / f"{name}-{ranks}" for name in names})
     return found
 
 
@@ -150,3 +153,14 @@ def test_the_run_is_one_in_which_a_mistake_would_show(runs: dict[tuple[str, int]
     assert {"logit_scale", "logit_vl_scale", "backbone.text_embed.weight", "itc_vl_text_proj.fc.weight"} <= moved
     assert distance(last, first) > 1e-2
     assert plain.loss[-1] < plain.loss[0] - 0.5
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_muon_trains_alike_on_any_number_of_ranks(
+    runs: dict[tuple[str, int], Path], recipe: dict[str, Any], ranks: int
+) -> None:
+    one, several = runs["muon", 1], runs["muon", ranks]
+    torch.testing.assert_close(curve(several), curve(one), rtol=1e-5, atol=0)
+    assert distance(weights(several, 8), weights(one, 8)) < 1e-4
+    assert distance(weights(one, 8), weights(runs["zero0", 1], 8)) > 1e-2  # and not like AdamW

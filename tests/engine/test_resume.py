@@ -11,7 +11,8 @@ from tests.engine.jobs import changed, compare_checkpoints, exact_part, interrup
 from tests.support.ranks import run_ranks
 
 # ZeRO-3 last: it puts a linear layer of its own (another order of sums) into torch, for good.
-CASES = ["zero0", "zero1", "zero2", "zero0-bf16", "zero1-bf16", "zero2_offload-bf16", "zero3", "zero3-bf16"]
+CASES = ["zero0", "zero1", "zero2", "zero0-bf16", "zero1-bf16", "zero2_offload-bf16", "zero0-muon", "zero0-muon-bf16"]
+CASES += ["zero3", "zero3-bf16"]
 
 
 def job(mesh: Mesh, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
@@ -32,7 +33,8 @@ def folders(
         tree = changed(
             recipe,
             {
-                "engine.deepspeed": str(deepspeed_files[name.removesuffix("-bf16")]),
+                "engine.deepspeed": str(deepspeed_files[name.split("-")[0]]),
+                "optim.kind": "muon" if "-muon" in name else "adamw",
                 "engine.precision": "bf16" if name.endswith("-bf16") else "fp32",
                 "data.sources": [{"path": str(broken_shapes)}],
                 "checkpoint.every": 4,
