@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Time and memory of the contrastive loss, forward and backward, beside open_clip's ClipLoss, on this machine.
 
-For every batch size each side runs in a process of its own, in turns: unit vectors of width 512 in fp32, one warm-up
-and then the given number of passes from features to their gradients. Extra memory is the resident set's peak above
+For every batch size each side runs in a process of its own, in turns: unit vectors of width 512 in fp32, a warm-up and
+then the given number of passes from features to their gradients. Extra memory is the resident set's peak above
 where it stood with the features made (Linux: VmHWM, reset before the passes).
 
     benchmarks/peer/setup.sh build/peer-venv
@@ -41,6 +41,8 @@ class Options:
     """Processes of each side and size, in turns."""
     passes: int = 2
     """Counted passes a process."""
+    warmup: int = 1
+    """Passes before them."""
     threads: int = os.cpu_count() or 1
     """Threads of a process."""
     out: Path = HERE / "results" / "contrastive_loss.json"
@@ -55,7 +57,7 @@ class Turn:
     extra_mib: float
 
 
-def work(side: str, size: int, passes: int, threads: int) -> None:
+def work(side: str, size: int, passes: int, warmup: int, threads: int) -> None:
     """Inside a process of one side: print the turn as JSON."""
     import torch
     from torch.nn import functional as F
@@ -86,10 +88,10 @@ def work(side: str, size: int, passes: int, threads: int) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     seconds = []
-    for number in range(passes + 1):
+    for number in range(warmup + passes):
         started = time.perf_counter()
         once()
-        if number:
+        if number >= warmup:
             seconds.append(time.perf_counter() - started)
     print(json.dumps({"seconds": seconds, "extra_mib": (_status("VmHWM") - before) / 1024}))
 
@@ -102,7 +104,8 @@ def _status(field: str) -> int:
 
 def turn(options: Options, side: Side, size: int) -> Turn:
     python = options.peer_python if side == "peer" else sys.executable
-    command = [str(python), __file__, "work", side, str(size), str(options.passes), str(options.threads)]
+    command = [str(python), __file__, "work", side, str(size), str(options.passes), str(options.warmup)]
+    command.append(str(options.threads))
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return Turn(side, size, **json.loads(found.stdout.splitlines()[-1]))
@@ -153,7 +156,7 @@ def _processor() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["work"]:
-        work(sys.argv[2], *(int(x) for x in sys.argv[3:6]))
+        work(sys.argv[2], *(int(x) for x in sys.argv[3:7]))
     else:
         import tyro
 

@@ -87,6 +87,21 @@ def test_a_launcher_trains(tree: dict[str, Any], tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.distributed
+def test_groups_and_micro_batches_by_the_launcher(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Each rank on its own, in two micro-batches; and a node is what the launcher says it is."""
+    settings = {"micro_batch": 4, "parallel.contrast_group": {"size": 1}, "log.every": 2}
+    code, output = start("deepspeed", "m2_ds.train", changed(tree, settings), tmp_path / "run")
+    assert code == 0, output
+    assert "contrast: 2 group(s) of 1 rank(s), contiguous, over gloo" in output
+    line = log_lines(tmp_path / "run")[-1]
+    assert line["contrastive_batch"] == 8 and line["seconds/recompute"] > 0
+    assert line["sent_mb/gradients"] > 0 and "sent_mb/features" not in line
+    node = changed(tree, {"parallel.contrast_group": {"nodes": 2}})
+    code, output = start("torchrun", "m2_ds.train", node, tmp_path / "other")
+    assert code != 0 and "nodes 2 does not divide 1 nodes; use one of [1]" in output
+
+
+@pytest.mark.distributed
 def test_a_wrong_setting_is_told_once(tree: dict[str, Any], tmp_path: Path) -> None:
     code, output = start("deepspeed", "m2_ds.train", changed(tree, {"global_batch": 17}), tmp_path / "run")
     assert code == 2
