@@ -57,30 +57,28 @@ class Answers:
         self.padding = self._sent(padding.nonzero()[:, 0]) if self.pairs < self.columns else None
         self.valid = self._sent((own != PADDING).to(dtype)) if self.padding is not None else None
 
-        order = everyone.argsort(stable=True)
-        ordered = everyone[order]
-        first = torch.searchsorted(ordered, own)
-        count = torch.searchsorted(ordered, own, right=True) - first
-        real = own != PADDING
-        self.repeated = int((count[real] - 1).sum())
-        row = torch.arange(self.rows)[real]
-        same = torch.repeat_interleave(row, count[real])
-        start = torch.repeat_interleave(first[real] - count[real].cumsum(0) + count[real], count[real])
-        column = order[start + torch.arange(len(same))]
-        others = column != place[same]
-        if repeats == "positive":
-            self._right = self._by_tile(same, column, 1.0 / count[same].to(dtype))
-            self._excluded = self._by_tile(same[:0], column[:0], torch.zeros(0, dtype=dtype))
+        row = (own != PADDING).nonzero()[:, 0]
+        first, count, order = _ranges(own[row], everyone)
+        self.repeated = int((count - 1).sum())
+        none, one = torch.zeros(0, dtype=torch.int64), torch.ones(len(row), dtype=dtype)
+        if repeats == "negative":
+            self._right = self._by_tile(row, place[row], one)
+            self._excluded = self._by_tile(none, none, one[:0])
         else:
-            self._right = self._by_tile(row, place[row], torch.ones(len(row), dtype=dtype))
-            left_out = others if repeats == "exclude" else torch.zeros_like(others)
-            self._excluded = self._by_tile(same[left_out], column[left_out], torch.ones(int(left_out.sum())))
+            # Every place whose row and column are of one group, row by row.
+            of = torch.repeat_interleave(torch.arange(len(row)), count)
+            column = order[first[of] + torch.arange(len(of)) - (count.cumsum(0) - count)[of]]
+            if repeats == "positive":
+                self._right = self._by_tile(row[of], column, 1.0 / count[of].to(dtype))
+                self._excluded = self._by_tile(none, none, one[:0])
+            else:
+                others = column != place[row[of]]
+                self._right = self._by_tile(row, place[row], one)
+                self._excluded = self._by_tile(row[of][others], column[others], torch.ones(int(others.sum())))
         # Columns that count for a row, and rows that count for a column: over them label smoothing spreads its share.
-        left_out_of = (count - 1).clamp(min=0) if repeats == "exclude" else torch.zeros_like(count)
-        self.allowed_row = self._sent((self.pairs - left_out_of).to(dtype))
-        ids, inverse, counts = everyone.unique(return_inverse=True, return_counts=True)
-        left_out_of = counts[inverse] - 1 if repeats == "exclude" else torch.zeros_like(inverse)
-        self.allowed_column = self._sent((self.pairs - left_out_of).to(dtype))
+        leave_out = repeats == "exclude"
+        self.allowed_row = self._sent((self.pairs - leave_out * _others(own, everyone)).to(dtype))
+        self.allowed_column = self._sent((self.pairs - leave_out * _others(everyone, everyone)).to(dtype))
 
     def tiles(self) -> list[Tile]:
         """All rectangles, row by row."""
@@ -114,3 +112,17 @@ class Answers:
         row, column, flat = (self._sent(x) for x in (row, column, row * width + column))
         weight = self._sent(weight.to(self.dtype))
         return [Marks(row[a:b], column[a:b], flat[a:b], weight[a:b]) for a, b in zip(bounds, bounds[1:])]
+
+
+def _ranges(ids: Tensor, everyone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the columns of each id lie: ``order[first : first + count]``."""
+    order = everyone.argsort(stable=True)
+    ordered = everyone[order]
+    first = torch.searchsorted(ordered, ids)
+    return first, torch.searchsorted(ordered, ids, right=True) - first, order
+
+
+def _others(ids: Tensor, everyone: Tensor) -> Tensor:
+    """How many columns beside its own are of each id's group."""
+    _, count, _ = _ranges(ids, everyone)
+    return count - 1
