@@ -66,16 +66,19 @@ class Encoder(nn.Module):
         valid: Tensor | None = None,
         noise: Noise | None = None,
         attention_mask: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D].
+        """[B, T, D] -> [B, T, D], or [B, 1, D] with ``first_only``: then the last layer computes first tokens alone.
 
         ``valid`` (bool [B, T], None: all) marks real tokens: others enter as zeros and are never attended to.
         ``attention_mask`` (bool [T, T] or [B, T, T], True: may attend) restricts further. With neither split nor
         restriction, a CPU does not compute padding at all (a GPU would wait for the mask): its rows are zeros.
         """
+        assert not first_only or (attention_mask is None and split in (ALL_A, ALL_B))
         if valid is not None and valid.device.type == "cpu" and attention_mask is None and split in (ALL_A, ALL_B):
             packing = Packing.of(valid)
-            return packing.pad(self._layers_and_norm(packing.pack(x), split, valid[:, None, None, :], noise, packing))
+            x = self._layers_and_norm(packing.pack(x), split, valid[:, None, None, :], noise, packing, first_only)
+            return x if first_only and len(self.layers) else packing.pad(x)
         mask = None
         if valid is not None:
             x = x * valid[..., None].to(x.dtype)
@@ -83,13 +86,19 @@ class Encoder(nn.Module):
         if attention_mask is not None:
             allowed = attention_mask if attention_mask.dim() == 2 else attention_mask[:, None]
             mask = allowed if mask is None else mask & allowed
-        return self._layers_and_norm(x, split, mask, noise, None)
+        return self._layers_and_norm(x, split, mask, noise, None, first_only)
 
     def _layers_and_norm(
-        self, x: Tensor, split: int, mask: Tensor | None, noise: Noise | None, packing: Packing | None
+        self,
+        x: Tensor,
+        split: int,
+        mask: Tensor | None,
+        noise: Noise | None,
+        packing: Packing | None,
+        first_only: bool,
     ) -> Tensor:
-        for layer in self.layers:
-            x = self._run(layer, x, split, mask, noise, packing)
+        for number, layer in enumerate(self.layers, 1):
+            x = self._run(layer, x, split, mask, noise, packing, first_only and number == len(self.layers))
         return self.layer_norm(x, split)
 
     def _run(self, layer: nn.Module, *inputs: object) -> Tensor:
@@ -217,7 +226,7 @@ class M2Encoder(nn.Module):
     def image_features(self, images: Tensor, noise: Noise | None = None) -> Features:
         """Both levels' unit vectors of pictures uint8 or float [B, 3, S, S]."""
         hidden = self.image_hidden(images, noise=noise)
-        vl = self.backbone_vl(hidden, ALL_A, noise=noise)
+        vl = self.backbone_vl(hidden, ALL_A, noise=noise, first_only=True)
         return Features(self.itc_image_proj(hidden), self.itc_vl_image_proj(vl))
 
     def text_features(self, ids: Tensor, mask: Tensor, noise: Noise | None = None) -> Features:
@@ -225,7 +234,7 @@ class M2Encoder(nn.Module):
         ids, valid = cut_to_longest(ids, mask)
         hidden = self.text_hidden(ids, valid, noise)
         # Text, too, takes the A branch of the vision-language layers (so do the released weights).
-        vl = self.backbone_vl(hidden, ALL_A, valid, noise)
+        vl = self.backbone_vl(hidden, ALL_A, valid, noise, first_only=True)
         return Features(self.itc_text_proj(hidden), self.itc_vl_text_proj(vl))
 
     def encode_image(self, images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ attention sees them padded (`Packing`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,12 @@ class Multiway(nn.Module):
         self.A = make()
         self.B = make()
 
-    def forward(self, x: Tensor, split: int) -> Tensor:
+    def forward(self, x: Tensor, split: int, *more: Tensor) -> Any:
+        """``more``: what the modules take beside x, where all tokens take one branch."""
         if split == ALL_A:
-            return self.A(x)
+            return self.A(x, *more)
         if split == ALL_B:
-            return self.B(x)
+            return self.B(x, *more)
         return torch.cat([self.A(x[:, :split]), self.B(x[:, split:])], dim=1)
 
 
@@ -59,12 +61,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class Packing:
     """Where the N real tokens of a padded [B, T] batch lie: ``rows`` int64 [N'] into B T, ``sample`` int64 [N'] into B.
 
+    ``first`` int64 [B]: where each sample begins among the N'.
     N' is N rounded up, the rest repeating the first token: oneDNN prepares a product anew for every shape that it has
     not seen, which cost 40% of the time and 8 MB a step in bf16 when N was left as it came.
     """
 
     rows: Tensor
     sample: Tensor
+    first: Tensor
     tokens: int
     batch: int
     length: int
@@ -74,7 +78,8 @@ class Packing:
         """From a bool [B, T] mask. Reads the mask on the host."""
         real = valid.flatten().nonzero()[:, 0]
         rows = F.pad(real, (0, -len(real) % multiple))
-        return cls(rows, rows // valid.shape[1], len(real), *valid.shape)
+        lengths = valid.sum(1)
+        return cls(rows, rows // valid.shape[1], lengths.cumsum(0) - lengths, len(real), *valid.shape)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [1, N', ...]"""
@@ -84,6 +89,18 @@ class Packing:
         """[1, N', ...] -> [B, T, ...], zeros at padding."""
         out = x.new_zeros(self.batch * self.length, *x.shape[2:])
         return out.index_copy(0, self.rows[: self.tokens], x[0, : self.tokens]).unflatten(0, (self.batch, self.length))
+
+
+class QueryKeyValue(nn.Linear):
+    """q, k and v in one product: [..., D] -> [..., 3 D]."""
+
+    def forward(self, x: Tensor, queries: Tensor | None = None) -> Any:
+        """With ``queries`` [..., D]: their q [..., D], and k and v of x [..., 2 D]."""
+        if queries is None:
+            return super().forward(x)
+        width = self.in_features
+        q = F.linear(queries, self.weight[:width], self.bias[:width])
+        return q, F.linear(x, self.weight[width:], self.bias[width:])
 
 
 class Attention(nn.Module):
@@ -96,18 +113,34 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_heads
-        self.qkv_proj = Multiway(lambda: nn.Linear(width, 3 * width))
+        self.qkv_proj = Multiway(lambda: QueryKeyValue(width, 3 * width))
         self.inner_attn_ln = Multiway(lambda: layer_norm(width))
         self.out_proj = Multiway(lambda: nn.Linear(width, width))
 
-    def forward(self, x: Tensor, split: int, mask: Tensor | None, packing: Packing | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        split: int,
+        mask: Tensor | None,
+        packing: Packing | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]; with ``queries`` [B, Q, D], which attend to x, [B, Q, D]."""
+        if queries is not None:
+            q, kv = self.qkv_proj(x, split, queries)
+            q, k, v = map(self._heads, (q, *(kv if packing is None else packing.pad(kv)).chunk(2, dim=-1)))
+            a = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
+            return self.out_proj(self.inner_attn_ln(a, split), split)
         qkv = self.qkv_proj(x, split)
         qkv = qkv if packing is None else packing.pad(qkv)
         # Cut along the width: backward then joins three gradients in one copy, where unbinding an axis takes two.
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+        q, k, v = map(self._heads, qkv.chunk(3, dim=-1))
         a = attend(q, k, v, mask).transpose(1, 2).flatten(-2)
         a = a if packing is None else packing.pack(a)
         return self.out_proj(self.inner_attn_ln(a, split), split)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -144,13 +177,19 @@ class MultiwayLayer(nn.Module):
         mask: Tensor | None = None,
         noise: Noise | None = None,
         packing: Packing | None = None,
+        first_only: bool = False,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D], or [1, N', D] with ``packing``.
+        """[B, T, D] -> [B, T, D], or [1, N', D] with ``packing``; with ``first_only`` first tokens alone: [B, 1, D].
 
         ``mask`` (bool, broadcast to [B, H, T, T], True: may attend). ``noise`` given: residual branches are dropped by
         sample at the layer's rate.
         """
-        attended = self.self_attn(self.self_attn_layer_norm(x, split), split, mask, packing)
+        normed = self.self_attn_layer_norm(x, split)
+        if first_only:
+            attended = self.self_attn(normed, split, mask, packing, _first(normed, packing))
+            x, packing = _first(x, packing), None
+        else:
+            attended = self.self_attn(normed, split, mask, packing)
         x = self._residual(x, attended, noise, 0, packing)
         return self._residual(x, self.ffn(self.final_layer_norm(x, split), split), noise, 1, packing)
 
@@ -160,3 +199,8 @@ class MultiwayLayer(nn.Module):
         kept = noise.uniform(2 * self.index + which) >= self.drop_path  # [B, 1]
         kept = kept[:, :, None] if packing is None else kept[packing.sample][None]
         return x + branch * (kept.to(branch.dtype) / (1.0 - self.drop_path))
+
+
+def _first(x: Tensor, packing: Packing | None) -> Tensor:
+    """The first token of every sample: [B, 1, D]."""
+    return x[:, :1] if packing is None else x[0].index_select(0, packing.first)[:, None]

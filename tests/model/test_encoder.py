@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.encoder import M2Encoder, cut_to_longest, drop_patches
+from m2_ds.model.multiway import ALL_A
 from m2_ds.model.random import Noise, mix
 from m2_ds.model.weights import init_weights
 
@@ -174,3 +175,29 @@ def test_fitting_the_stem_takes_away_what_pictures_have_in_common() -> None:
     assert_close(tokens.mean(0), torch.zeros_like(tokens[0]), atol=1e-4, rtol=0)
     assert_close(tokens.std(0), torch.ones_like(tokens[0]), atol=0.1, rtol=0)
     assert before > 0.9 and likeness() < before - 0.2
+
+
+@pytest.mark.parametrize("kind", ["pictures", "captions packed", "captions padded"])
+def test_first_tokens_alone_are_those_of_the_whole_layer(kind: str) -> None:
+    model = build(drop_path=0.5, num_vl_layers=2)
+    images, ids, mask = batch(model)
+    valid = None if kind == "pictures" else mask.bool()
+    hidden = model.image_hidden(images) if valid is None else model.text_hidden(ids, valid)
+    dropped = noise(6)[0]
+
+    def through(first_only: bool) -> torch.Tensor:
+        if kind == "captions padded":  # as on a GPU
+            assert valid is not None
+            x, seen = hidden * valid[..., None], valid[:, None, None, :]
+            return model.backbone_vl._layers_and_norm(x, ALL_A, seen, dropped, None, first_only)
+        return model.backbone_vl(hidden, ALL_A, valid, dropped, first_only=first_only)
+
+    part, full = through(True), through(False)
+    assert part.shape == (6, 1, 32) and full.shape[1] > 1
+    assert_close(part, full[:, :1], atol=1e-12, rtol=0)
+    weights = [p for n, p in model.named_parameters() if "vl.layers" in n and ".A." in n]
+    upstream = torch.randn(6, 32, generator=torch.Generator().manual_seed(0), dtype=part.dtype)
+    found = torch.autograd.grad((part[:, 0] * upstream).sum(), weights, retain_graph=True)
+    wanted = torch.autograd.grad((full[:, 0] * upstream).sum(), weights)
+    for a, b in zip(found, wanted):
+        assert_close(a, b, atol=1e-12, rtol=1e-10)

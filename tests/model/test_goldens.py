@@ -80,12 +80,12 @@ def test_hidden_states_fp32() -> None:
         stack.register_forward_hook(lambda m, a, out, key=f"{name}.final_norm": seen.__setitem__(key, out))
     assert_close(model.backbone.vision_embed.normalise(inputs["image"]), want["image.normalised"], **EMBEDDING)
     assert_close(model.backbone.vision_embed(inputs["image_uint8"]), want["image.vision_embed"], **HIDDEN)
-    model.encode_image(inputs["image_uint8"])
+    model.backbone_vl(model.image_hidden(inputs["image_uint8"]), -1)
     assert len(seen) == 8
     for key, value in seen.items():
         assert_close(value, want[f"image.{key}"], **HIDDEN)
-    model.encode_text(inputs["text_ids"], inputs["text_masks"])
     valid = inputs["text_masks"].bool()
+    model.backbone_vl(model.text_hidden(inputs["text_ids"], valid), -1, valid)
     for key, value in seen.items():
         # Layers see captions packed; a stack gives them back padded.
         value = value[valid] if key.endswith("final_norm") else value[0, : int(valid.sum())]
