@@ -74,6 +74,8 @@ class Options:
 
     rates: tuple[float, ...] = (200.0, 1000.0)
     """Link rates in Mbit/s; the unshaped network is measured first, for calibration."""
+    again: bool = False
+    """Measure nothing: make table and plot anew from --out."""
     steps: int = 4
     """Counted optimizer steps a method (fewer where k > 1 make them long: at least 2)."""
     out: Path = HERE / "results" / "grouped_aggregation.json"
@@ -313,9 +315,16 @@ def measure(mbit: float | None, steps: int) -> Rate:
             for process in processes:
                 process.kill()
                 process.wait()
-    found = json.loads(printed.splitlines()[-1])
+    return _rate({"mbit": mbit, **json.loads(printed.splitlines()[-1])})
+
+
+def _rate(found: dict[str, Any]) -> Rate:
     methods = [Measured(Method(**m.pop("method")), **m) for m in found.pop("methods")]
-    return Rate(mbit, **found, methods=methods)
+    return Rate(**found, methods=methods)
+
+
+def _read(path: Path) -> list[Rate]:
+    return [_rate(rate) for rate in json.loads(path.read_text())["rates"]]
 
 
 def _of(rate: Rate, method: Method) -> Measured:
@@ -330,9 +339,15 @@ def calibrated(free: Rate) -> Any:
     # four = 4 forward_backward + 3 forward + update; one = forward_backward + update; a forward is a third of both.
     forward_backward = (four.arithmetic_s - one.arithmetic_s) / (3 + 3 / 3)
     gradients = one.bytes["gradients"] / (2 * (RANKS - 1) / RANKS)
+    update = max(0.0, one.arithmetic_s - forward_backward)
+    # What the regathering step takes beyond forwards and backwards: k^3 N b^2 logits.
+    regather = _of(free, METHODS[-1])
+    k = regather.method.micro_batches
+    logits = k**3 * RANKS * PAIRS**2
+    rest = regather.arithmetic_s - k * forward_backward * 4 / 3 - update
     return Work(
         micro_batch=PAIRS, matrices=4, embed_dim=128, parameters=gradients / 4, forward_s=forward_backward / 3,
-        forward_backward_s=forward_backward, update_s=max(0.0, one.arithmetic_s - forward_backward),
+        forward_backward_s=forward_backward, update_s=update, logit_s=max(0.0, rest / logits),
     )  # fmt: skip
 
 
@@ -390,7 +405,9 @@ def clusters() -> Iterator[str]:
         flops = StepFlops(config)
         forward = pairs * (flops.image() + flops.text(20)) / (A100_FLOPS * MFU)
         parameters = _parameters(config)
-        work = Work(pairs, 4, config.embed_dim, parameters, forward, 3 * forward, 0.0, 2, 2)
+        work = Work(
+            pairs, 4, config.embed_dim, parameters, forward, 3 * forward, 0.0, feature_bytes=2, gradient_bytes=2
+        )
         for label, gbit in FABRICS.items():
             fabric = Fabric(per_node, gbit * 1e9 / 8, NVLINK, *HOP)
 
@@ -436,17 +453,18 @@ def plot(rates: list[Rate], work: Any, path: Path) -> None:
         axis.plot(points, names, "k|", markersize=14, label="model")
         base = rate.methods[0].samples_per_s
         for place, m in enumerate(rate.methods):
-            axis.annotate(f" {m.samples_per_s / base:.2f} x", (m.step_s / m.method.micro_batches, place), va="center")
+            end = max(m.step_s / m.method.micro_batches, points[place])
+            axis.annotate(f"  {m.samples_per_s / base:.2f} x", (end, place), va="center")
         axis.set_xlim(right=1.15 * max(m.step_s / m.method.micro_batches for m in rate.methods))
         axis.invert_yaxis()
         axis.set_xlabel("seconds a micro-batch")
         axis.set_title(f"{NODES} nodes x {RANKS_PER_NODE} ranks, links of {rate.mbit:.0f} Mbit/s")
-    axes[0][0].legend(loc="lower right")
+    axes[0][0].legend(loc="center right")
     figure.savefig(path, dpi=110)
 
 
 def main(options: Options) -> None:
-    rates = [measure(mbit, options.steps) for mbit in (None, *options.rates)]
+    rates = _read(options.out) if options.again else [measure(mbit, options.steps) for mbit in (None, *options.rates)]
     work = calibrated(rates[0])
     head = (
         f"{time.strftime('%Y-%m-%d')}, {len(os.sched_getaffinity(0))} cores for all {RANKS} ranks; {PAIRS} pairs a "

@@ -31,7 +31,8 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank computes and sends. Seconds: a forward without gradient, forward with backward, the update."""
+    """What a rank computes and sends. Seconds: a forward without gradient, forward with backward, the update, and
+    ``logit_s``, forward and backward of one logit at all levels and captions."""
 
     micro_batch: int
     matrices: int
@@ -40,6 +41,7 @@ class Work:
     forward_s: float
     forward_backward_s: float
     update_s: float
+    logit_s: float = 0.0
     feature_bytes: int = 4
     gradient_bytes: int = 4
 
@@ -84,6 +86,9 @@ def step_time(work: Work, fabric: Fabric, layout: Layout) -> StepTime:
     own = work.micro_batch * work.matrices * work.embed_dim * work.feature_bytes  # of one micro-batch
     again = {"global": 0, "regather": k, "grouped": max(0, k - layout.kept_graphs)}[layout.method]
     arithmetic = k * work.forward_backward_s + again * work.forward_s + work.update_s
+    square = work.micro_batch**2  # own rows times columns of the contrastive batch, in micro-batches, times how often
+    logits = square * {"global": k * n, "regather": k * k * n * k, "grouped": k * g * k}[layout.method]
+    arithmetic += logits * work.logit_s
     if layout.method == "grouped":
         rows = k * work.micro_batch
         sums = 4 * rows * work.matrices  # two a level and caption: as many as matrices where captions are one
