@@ -19,6 +19,7 @@ from m2_ds.model.weights import init_weights
 from tests.engine.jobs import changed, config_of, curve, train_all, weights
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 RANKS = (1, 2, 4)
 OFFLOAD = ("zero2_offload", "zero3_offload")
@@ -41,7 +42,7 @@ def runs(
         muon = {"folder": str(folder / f"muon-{ranks}"), "engine.deepspeed": str(deepspeed_files["zero0"])}
         names += ("muon",)
         trees.insert(0, changed(recipe, {**muon, "optim.kind": "muon"}))
-        for errors in run_ranks(ranks, train_all, trees, seconds=200):
+        for errors in run_ranks(ranks, train_all, trees, seconds=280):
             assert errors == [None] * len(names), errors
         found.update({(name, ranks): folder / f"{name}-{ranks}" for name in names})
     return found

@@ -26,6 +26,7 @@ from m2_ds.parallel.mesh import Mesh
 from tests.engine.jobs import changed, config_of
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(400)
 PAIRS = 3  # of a micro-batch
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 
