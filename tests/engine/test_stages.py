@@ -12,6 +12,7 @@ import m2_ds
 from m2_ds.evaluation.config import EvaluationConfig
 from m2_ds.evaluation.run import run_evaluations
 from m2_ds.loss.contrastive import ContrastiveLoss
+from m2_ds.loss.exchange import Pool
 from m2_ds.model.encoder import M2Encoder
 from m2_ds.model.weights import init_weights
 from m2_ds.parallel.mesh import Mesh
@@ -28,10 +29,11 @@ def job(mesh: Mesh, trees: list[dict[str, Any]]) -> list[str | None]:
 
     original = step.contrastive_loss
 
-    def watched(levels: Any, *arguments: Any) -> ContrastiveLoss:
-        loss = original(levels, *arguments)
-        assert {x.dtype for level in levels for x in (level.image, level.text)} == {torch.float32}
-        assert loss.total.dtype == loss.by_pair.dtype == torch.float32
+    def watched(levels: Any, pool: Pool, *arguments: Any) -> ContrastiveLoss:
+        loss = original(levels, pool, *arguments)
+        assert {x.dtype for x in (*pool.own, *pool.everyone)} == {torch.float32}
+        assert loss.value.dtype == loss.by_pair.dtype == torch.float32
+        assert {g.dtype for level in loss.gradients for g in level.features} == {torch.float32}
         return loss
 
     step.contrastive_loss = watched

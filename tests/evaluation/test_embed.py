@@ -38,7 +38,7 @@ def test_ranks_share_the_work_and_run_equally_often(processor, colours, monkeypa
     split = colours.split("test")
     whole = embed_split(ColourModel(), processor, split, 1, "cpu", ["en"])
     parts = []
-    monkeypatch.setattr(embed, "all_gather_rows", lambda mine, group: parts.append(mine) or mine.repeat(size, 1))
+    monkeypatch.setattr(embed, "all_gather_rows", lambda mine, group, kind: parts.append(mine) or mine.repeat(size, 1))
     batches = []
     for rank in range(size):
         model = ColourModel()
@@ -49,7 +49,7 @@ def test_ranks_share_the_work_and_run_equally_often(processor, colours, monkeypa
     pictures = torch.cat(parts[1::2])[:6]
     assert torch.equal(pictures, whole.image)
     joined = iter([torch.cat(parts[0::2]), torch.cat(parts[1::2])])
-    monkeypatch.setattr(embed, "all_gather_rows", lambda mine, group: next(joined))
+    monkeypatch.setattr(embed, "all_gather_rows", lambda mine, group, kind: next(joined))
     together = embed_split(ColourModel(), processor, split, 1, "cpu", ["en"], group=Group(0, size, None))
     assert torch.equal(together.texts["en"].features, whole.texts["en"].features)
 
