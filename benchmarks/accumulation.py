@@ -15,9 +15,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import random_steps
+import torch
 import tyro
+
+from m2_ds.engine.setup import quiet
+from m2_ds.engine.step import ContrastiveStep
+from m2_ds.parallel.mesh import Mesh
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,63 +64,20 @@ class Options:
     """Results; a table of the same name ending in .md is written beside it."""
 
 
-def step_of(options: Options, variant: Variant, mesh: Any) -> Callable[[], Any]:
+def step_of(options: Options, variant: Variant, mesh: Mesh) -> Callable[[], object]:
     """One optimizer step of a fresh model."""
-    import torch
-
-    from m2_ds.config import RunConfig
-    from m2_ds.data.stream import PairBatch
-    from m2_ds.engine.optim import freeze_unreached
-    from m2_ds.engine.setup import build_engine, deepspeed_config
-    from m2_ds.engine.step import ContrastiveStep
-    from m2_ds.model.encoder import M2Encoder
-    from m2_ds.model.weights import init_weights
-
     pairs = options.batch // variant.micro_batches
-    config = RunConfig.model_validate(
-        {
-            "folder": "unused", "steps": 10**6, "tokenizer": "unused",
-            "model": {"preset": options.preset, "recompute": variant.recompute},
-            "global_batch": options.batch, "micro_batch": pairs,
-            "data": {"sources": [{"path": "unused", "split": "train"}]},
-            "engine": {
-                "deepspeed": str(HERE.parent / "ds_configs" / "zero1.json"), "kept_graphs": variant.kept,
-                "precision": options.precision,
-            },
-        }
-    )  # fmt: skip
-    model = M2Encoder(config.model)
-    init_weights(model, config.model, config.seed)
-    freeze_unreached(model, config.loss)
-    engine = build_engine(model, config, deepspeed_config(config, mesh), mesh)
-    engine.train()
-    g = torch.Generator().manual_seed(0)
-    batches = []
-    for micro in range(variant.micro_batches):
-        lengths = torch.randint(4, 20, (1, pairs, 1), generator=g)
-        side = config.model.image_size
-        batches.append(
-            PairBatch(
-                images=torch.randint(0, 256, (pairs, 3, side, side), generator=g).to(torch.uint8),
-                ids=torch.randint(0, config.model.vocab_size, (1, pairs, 20), generator=g),
-                mask=(torch.arange(20) < lengths).long(),
-                language=torch.zeros(1, pairs, dtype=torch.int64),
-                group=torch.arange(pairs) + micro * pairs,
-                slot=torch.arange(pairs) + micro * pairs,
-                keys=[],
-                skipped={},
-            )
-        )
+    model = {"preset": options.preset, "recompute": variant.recompute}
+    config = random_steps.run_config(
+        model, zero=1, batch=options.batch, micro_batch=pairs, kept_graphs=variant.kept, precision=options.precision
+    )
+    engine = random_steps.training_engine(config, mesh)
+    batches = [random_steps.random_pairs(config.model, pairs, (4, 21), seed) for seed in range(variant.micro_batches)]
     step = ContrastiveStep(engine, config, mesh, languages=1)
     return lambda: step(batches)
 
 
 def main(options: Options) -> None:
-    import torch
-
-    from m2_ds.engine.setup import quiet
-    from m2_ds.parallel.mesh import Mesh
-
     quiet()
     torch.set_num_threads(options.threads)
     mesh = Mesh.start()

@@ -17,55 +17,20 @@ measured bandwidth and latency, and compared with every measured step; then it p
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import network
+import tyro
+from grouped_aggregation_rank import METHODS, NODES, PAIRS, RANKS, RANKS_PER_NODE, Kind, Measured, Method
 
 HERE = Path(__file__).resolve().parent
-NODES, RANKS_PER_NODE = 4, 2
-RANKS = NODES * RANKS_PER_NODE
-PAIRS = 16  # of a micro-batch
 PORT = "29611"
-Kind = Literal["global", "grouped", "regather"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is trained with. ``kind`` as in m2_ds.plan.step_time."""
-
-    kind: Kind
-    group: int
-    micro_batches: int
-    placement: Literal["contiguous", "strided"] = "contiguous"
-
-    @property
-    def name(self) -> str:
-        if self.kind == "global":
-            return "global ITC"
-        if self.kind == "regather":
-            return f"open_clip-style, k {self.micro_batches}"
-        strided = ", strided" if self.placement == "strided" else ""
-        return f"GBA g {self.group}, k {self.micro_batches}{strided}"
-
-
-METHODS = (
-    Method("global", RANKS, 1),
-    Method("grouped", 8, 1),
-    Method("grouped", 2, 1),
-    Method("grouped", 1, 1),
-    Method("grouped", 8, 4),
-    Method("grouped", 4, 4),
-    Method("grouped", 4, 4, "strided"),
-    Method("grouped", 2, 4),
-    Method("grouped", 2, 8),
-    Method("regather", RANKS, 4),
-    Method("regather", RANKS, 8),
-)
 
 
 @dataclass(frozen=True)
@@ -83,19 +48,6 @@ class Options:
 
 
 @dataclass
-class Measured:
-    """Means over the counted steps of one method at one rate. Seconds and bytes are of an optimizer step."""
-
-    method: Method
-    step_s: float
-    samples_per_s: float
-    waiting_s: float  # rank 0's host in collectives, for data and for slower ranks
-    arithmetic_s: float  # CPU seconds of all ranks' steps over this machine's cores
-    bytes: dict[str, float]  # by kind, a rank, as counted where collectives are called
-    wire_bytes: float  # that left the first node's link
-
-
-@dataclass
 class Rate:
     """Everything measured at one link rate; None: unshaped."""
 
@@ -105,195 +57,7 @@ class Rate:
     methods: list[Measured] = field(default_factory=list)
 
 
-# -- one rank ------------------------------------------------------------------------------------------------------
-
-
-def work(steps: int) -> None:
-    """Inside a rank: measure all methods; the first rank prints them as JSON."""
-    import torch
-    import torch.distributed as dist
-
-    from m2_ds.engine.setup import quiet
-    from m2_ds.parallel.collectives import barrier
-    from m2_ds.parallel.config import ContrastGroupConfig
-    from m2_ds.parallel.mesh import Mesh
-
-    torch.set_num_threads(1)
-    quiet()
-    mesh = Mesh.start(timeout_minutes=5)
-    big, small = torch.zeros(1_000_000), torch.zeros(1)
-    bandwidth = 2 * 7 / 8 * 4e6 / min(_seconds(lambda: dist.all_reduce(big), 3))
-    latency = statistics.median(_seconds(lambda: dist.all_reduce(small), 20)) / (2 * (RANKS - 1))
-    found = []
-    for method in METHODS:
-        here = mesh.with_contrast_group(ContrastGroupConfig(size=method.group, placement=method.placement))
-        step = _step(method, here)
-        step()
-        step()
-        count = max(2, steps // method.micro_batches)
-        barrier(mesh.data_parallel)
-        mesh.traffic.take()
-        wire, cpu, started = _wire(), time.process_time(), time.perf_counter()
-        for _ in range(count):
-            step()
-        barrier(mesh.data_parallel)
-        seconds = (time.perf_counter() - started) / count
-        used = torch.tensor([time.process_time() - cpu])
-        sent, waited = mesh.traffic.take()
-        wired = (_wire() - wire) / count
-        dist.all_reduce(used)
-        pairs = RANKS * PAIRS * method.micro_batches
-        found.append(
-            Measured(
-                method,
-                seconds,
-                pairs / seconds,
-                sum(waited.values()) / count,
-                float(used) / count / min(RANKS, len(os.sched_getaffinity(0))),
-                {kind: x / count for kind, x in sent.items()},
-                wired,
-            )
-        )
-    if mesh.is_first:
-        print(json.dumps({"bandwidth": bandwidth, "latency": latency, "methods": [asdict(m) for m in found]}))
-    mesh.stop()
-
-
-def _seconds(call: Callable[[], Any], count: int) -> list[float]:
-    call()
-    found = []
-    for _ in range(count):
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return found
-
-
-def _wire() -> int:
-    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
-
-
-def _step(method: Method, mesh: Any) -> Callable[[], None]:
-    """One optimizer step of a fresh model."""
-    from m2_ds.config import RunConfig
-    from m2_ds.engine.optim import freeze_unreached
-    from m2_ds.engine.setup import build_engine, deepspeed_config
-    from m2_ds.engine.step import ContrastiveStep
-    from m2_ds.model.encoder import M2Encoder
-    from m2_ds.model.weights import init_weights
-
-    model = {"preset": "test", "hidden_size": 128, "num_heads": 2, "embed_dim": 128, "vocab_size": 4000}
-    config = RunConfig.model_validate(
-        {
-            "folder": "unused", "steps": 10**6, "tokenizer": "unused", "model": model,
-            "global_batch": RANKS * PAIRS * method.micro_batches, "micro_batch": PAIRS,
-            "data": {"sources": [{"path": "unused", "split": "train"}]},
-            "engine": {"deepspeed": str(HERE.parent / "ds_configs" / "zero0.json"), "threads": 1},
-        }
-    )  # fmt: skip
-    network = M2Encoder(config.model)
-    init_weights(network, config.model, config.seed)
-    freeze_unreached(network, config.loss)
-    engine = build_engine(network, config, deepspeed_config(config, mesh), mesh)
-    engine.train()
-    batches = [_random_pairs(config.model, mesh.rank * 100 + micro) for micro in range(method.micro_batches)]
-    if method.kind == "grouped":
-        step = ContrastiveStep(engine, config, mesh, languages=1)
-        return lambda: step(batches) and None
-    return lambda: _regathering_step(engine, mesh, batches)
-
-
-def _random_pairs(model: Any, seed: int) -> Any:
-    import torch
-
-    from m2_ds.data.stream import PairBatch
-
-    g = torch.Generator().manual_seed(seed)
-    return PairBatch(
-        images=torch.randint(0, 256, (PAIRS, 3, model.image_size, model.image_size), generator=g).to(torch.uint8),
-        ids=torch.randint(0, model.vocab_size, (1, PAIRS, 12), generator=g),
-        mask=torch.ones(1, PAIRS, 12, dtype=torch.int64),
-        language=torch.zeros(1, PAIRS, dtype=torch.int64),
-        group=torch.arange(PAIRS) + seed * PAIRS,
-        slot=torch.arange(PAIRS) + seed * PAIRS,
-        keys=[],
-        skipped={},
-    )
-
-
-def _regathering_step(engine: Any, mesh: Any, batches: list[Any]) -> None:
-    """Plain ITC for one micro-batch; for several, all features gathered again around each one that has a graph."""
-    import torch
-
-    def forward(batch: Any) -> tuple[list[torch.Tensor], Any]:
-        image, text, logits = engine(batch.images, batch.ids[0], batch.mask[0], None, None)
-        return [image.unimodal, text.unimodal, image.vl, text.vl], logits.scale
-
-    cached: list[list[torch.Tensor]] = []
-    if len(batches) > 1:
-        with torch.no_grad():
-            cached = [forward(batch)[0] for batch in batches]
-    for number, batch in enumerate(batches):
-        features, scales = forward(batch)
-        parts = cached[:number] + [features] + cached[number + 1 :] if cached else [features]
-        packed = torch.stack([torch.cat(same) for same in zip(*parts)], dim=1)
-        everyone = _gather_with_gradient()(packed, mesh.data_parallel)
-        loss = _plain_loss(packed, everyone, scales, mesh.rank)
-        last = number == len(batches) - 1
-        engine.backward(loss, scale_wrt_gas=False)
-        if not last:
-            engine.buffered_allreduce_fallback()  # DistributedDataParallel reduces after every backward
-        engine.step()
-
-
-def _plain_loss(own: Any, everyone: Any, scales: Any, rank: int) -> Any:
-    """Cross entropy of own rows against everyone's columns, both ways, both levels."""
-    import torch
-    from torch.nn import functional as F
-
-    target = torch.arange(rank * len(own), (rank + 1) * len(own))
-    loss = torch.zeros(())
-    for level, scale in enumerate(scales):
-        i, t = 2 * level, 2 * level + 1
-        for a, b in ((i, t), (t, i)):
-            loss = loss + F.cross_entropy(scale.exp() * own[:, a] @ everyone[:, b].T, target) / 2
-    return loss
-
-
-def _gather_with_gradient() -> Callable[..., Any]:
-    import torch
-    import torch.distributed as dist
-
-    from m2_ds.parallel.traffic import size_of
-
-    class Gather(torch.autograd.Function):
-        """All-gather whose backward sums the gradients that all ranks have for a rank's rows (reduce-scatter)."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Any, group: Any) -> Any:
-            ctx.group = group
-            out = x.new_empty(group.size * len(x), *x.shape[1:])
-            with group.traffic.sending("features", (group.size - 1) * size_of(x)):
-                dist.all_gather_into_tensor(out, x.contiguous(), group=group.process_group)
-            return out
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            (grad,), group = grads, ctx.group
-            own = grad.new_empty(len(grad) // group.size, *grad.shape[1:])
-            with group.traffic.sending("feature gradients", (group.size - 1) * size_of(own)):
-                dist.reduce_scatter_tensor(own, grad.contiguous(), group=group.process_group)
-            return own, None
-
-    return Gather.apply
-
-
-# -- the driver ----------------------------------------------------------------------------------------------------
-
-
 def measure(mbit: float | None, steps: int) -> Rate:
-    import network
-
     with network.nodes(NODES, mbit) as nodes:
         processes = []
         for rank in range(RANKS):
@@ -304,7 +68,7 @@ def measure(mbit: float | None, steps: int) -> Rate:
                 "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                 "DS_ACCELERATOR": "cpu",
             }  # fmt: skip
-            command = node.inside([sys.executable, __file__, "work", str(steps)])
+            command = node.inside([sys.executable, str(HERE / "grouped_aggregation_rank.py"), str(steps)])
             out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
             processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
         try:
@@ -491,9 +255,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["work"]:
-        work(int(sys.argv[2]))
-    else:
-        import tyro
-
-        main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, description=__doc__))
