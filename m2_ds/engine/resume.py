@@ -25,10 +25,11 @@ _FIXED = re.compile(
 )
 # What has no effect on the numbers.
 _FREE = re.compile(
-    r"folder|init_from|init_pictures|tokenizer|micro_batch|model\.(recompute|position_std)|(engine|checkpoint|log|evaluation)(\..*)?"
+    r"folder|init_from|init_pictures|tokenizer|micro_batch|model\.(recompute|position_std)"
+    r"|(engine|checkpoint|log|evaluation)(\..*)?"
     r"|data\.(workers|prefetch|row_group_cache_mb|picture_cache_mb|sources\.\d+\.path)"
 )
-_HYPERPARAMETERS = ("initial_lr", "betas", "eps", "weight_decay", "ceiling")
+_HYPERPARAMETERS = ("initial_lr", "betas", "eps", "weight_decay", "ceiling", "momentum")
 
 
 def layout(data_parallel: int, zero_stage: int) -> dict[str, int]:
@@ -104,7 +105,7 @@ def check(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, now: dict[s
 def restore(engine: Any, checkpoint: Path, config: RunConfig) -> None:
     """Load weights, optimizer and schedule. Learning rates and the like are those of ``config``, not the saved ones."""
     groups = engine.optimizer.param_groups
-    fresh = [{name: group[name] for name in _HYPERPARAMETERS} for group in groups]
+    fresh = [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in groups]
     path, _ = engine.load_checkpoint(str(checkpoint / ENGINE), tag="state")
     if path is None:
         raise ValueError(f"DeepSpeed found no state in {checkpoint / ENGINE}")

@@ -186,6 +186,18 @@ def test_a_changed_learning_rate_is_told_and_used(
     assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
 
 
+def test_a_changed_momentum_of_muon_is_used(
+    solo: Mesh, recipe: dict[str, Any], deepspeed_files: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {"optim.kind": "muon", "engine.deepspeed": str(deepspeed_files["zero0"]), "steps": 3}
+    tree = changed(recipe, {**settings, "folder": str(tmp_path), "optim.momentum": 0.9})
+    run(config_of(tree), solo)
+    run(config_of(changed(tree, {"steps": 4, "optim.momentum": 0.5})), solo)
+    (file,) = (tmp_path / "checkpoints/step-00000004/engine").rglob("*model_states.pt")
+    groups = torch.load(file, weights_only=False)["optimizer"]["param_groups"]
+    assert {group["momentum"] for group in groups} == {0.5}
+
+
 def test_other_data_is_told(
     copy: Path, again: Callable[..., None], broken_shapes: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
