@@ -13,8 +13,6 @@ from m2_ds.loss.config import Precision
 from m2_ds.parallel.collectives import Gathering, all_gather_rows, start_all_gather
 from m2_ds.parallel.mesh import Group
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class _HostCopy:
     """A tensor on its way to the host: asked for before the step's work, it is there when the loss needs it."""
@@ -55,7 +53,7 @@ class Exchange:
             return
         packed = torch.stack(own, dim=1)
         if self.precision == "bf16" and packed.dtype == torch.float32:
-            packed = packed.to(_DTYPES[self.precision])
+            packed = packed.bfloat16()
         if self._buffer is None:
             b, m, e = packed.shape
             self._buffer = packed.new_empty(self.micro_batches, self.group.size * b, m, e)

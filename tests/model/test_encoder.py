@@ -139,6 +139,14 @@ def test_conv_stem_gives_the_same_grid() -> None:
     assert_close(model.encode_image(images)[1:2], model.encode_image(images[1:2]), atol=1e-12, rtol=0)
 
 
+def test_a_caption_without_its_class_token_is_named() -> None:
+    model = build()
+    _, ids, mask = batch(model)
+    mask[[1, 4]] = 0
+    with pytest.raises(ValueError, match=r"captions \[1, 4\] of the batch have padding in place of their class token"):
+        model.encode_text(ids, mask)
+
+
 def test_wrong_picture_size_is_named() -> None:
     with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\]"):
         build().encode_image(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
