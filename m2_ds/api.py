@@ -1,12 +1,14 @@
 """Use from Python: load a model with its processor. Legend: B pictures or captions, S image side, L tokens."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from m2_ds.convert.canonical import read_config, read_weights, weight_files
 from m2_ds.convert.release import find_release_config, read_release
@@ -15,7 +17,8 @@ from m2_ds.data.image import EvalTransform
 from m2_ds.data.text import Tokenizer, load_tokenizer
 from m2_ds.model.config import PRESETS, M2EncoderConfig
 from m2_ds.model.encoder import M2Encoder
-from m2_ds.model.weights import init_weights, load_weights
+from m2_ds.model.loading import load_weights
+from m2_ds.model.weights import init_weights
 
 
 class Processor:
@@ -65,11 +68,26 @@ def load(
     return model.to(device, dtype).eval(), Processor(config.image_size, tokenizer)
 
 
-def load_into(model: M2Encoder, config: M2EncoderConfig, path: Path) -> None:
-    """Load weights from any of the layouts that `load` takes into a model that exists; resizes vision positions."""
+def load_into(
+    model: M2Encoder,
+    config: M2EncoderConfig,
+    path: Path,
+    opened: Callable[[nn.Parameter], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+) -> None:
+    """Load weights from any of the layouts that `load` takes into a model that exists; resizes vision positions.
+
+    A model that is cut over ranks takes its pieces; ``opened`` as in `m2_ds.model.weights.fill`.
+    """
     source = resolve(path)
     state = read_release(source) if source.is_file() else read_weights(source)
-    load_weights(model, config, state, str(source), tell=lambda message: warnings.warn(message, stacklevel=3))
+    load_weights(
+        model,
+        config,
+        state,
+        str(source),
+        tell=lambda message: warnings.warn(message, stacklevel=3),
+        opened=opened,
+    )
 
 
 def resolve(path: Path) -> Path:

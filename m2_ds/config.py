@@ -105,12 +105,18 @@ class EngineConfig(Settings):
         1,
         ge=1,
         description="with several micro-batches: how many keep the activations of their first forward for backward; "
-        "the others are computed a second time",
+        "the others are computed a second time (a pipeline computes all of them again)",
     )
     reduce_once: bool = Field(
         True,
         description="with several micro-batches under ZeRO 2 and 3: reduce gradients once a step, at the cost of "
         "holding them whole on every rank; false: after every micro-batch, partitioned",
+    )
+    apex: bool = Field(False, description="LayerNorm and AdamW by NVIDIA's apex, built with its CUDA extensions")
+    fp8: bool = Field(
+        False,
+        description="matrix products of the layers in fp8, by transformer_engine; needs precision bf16, whole layers "
+        "and micro-batches of a multiple of 16 pairs",
     )
     build_ops: bool = Field(False, description="let DeepSpeed compile its CPU ops at first use (needs g++, minutes)")
     timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the job")
@@ -185,7 +191,46 @@ class RunConfig(Settings):
                 f"loss.form is {self.loss.form}, model.logit_bias is {self.model.logit_bias}: the sigmoid loss "
                 "needs the bias, and no other uses it"
             )
+        self._check_layout()
         return self
+
+    def _check_layout(self) -> None:
+        model, ranks, stages = self.model, self.parallel.tensor_parallel_size, self.parallel.pipeline_parallel_size
+        for name, width in (("num_heads", model.num_heads), ("feed-forward width", model.ffn_size)):
+            if width % ranks:
+                fitting = [r for r in range(1, ranks) if model.num_heads % r == 0 and model.ffn_size % r == 0]
+                raise ValueError(
+                    f"parallel.tensor_parallel_size {ranks} does not divide model.{name} {width}; use one of {fitting}"
+                )
+        depth = model.num_layers + model.num_vl_layers
+        if stages > depth:
+            raise ValueError(
+                f"parallel.pipeline_parallel_size {stages} is more than the {depth} layers; every stage needs one"
+            )
+        asked = self.parallel.pipeline_layers
+        if asked is not None and (sum(asked) != depth or min(asked) < 1):
+            raise ValueError(
+                f"parallel.pipeline_layers {asked} hold {sum(asked)} layers; the model has {depth}, and every stage "
+                "needs one"
+            )
+        if stages > 1 and self.loss.vl_weight == 0:
+            raise ValueError(
+                "loss.vl_weight is 0: the stages behind the backbone would have nothing to learn. Use "
+                "parallel.pipeline_parallel_size 1, or a weight"
+            )
+        if self.engine.fp8 and (self.engine.precision != "bf16" or ranks > 1 or (self.micro_batch or 0) % 16):
+            raise ValueError(
+                f"engine.fp8 needs engine.precision bf16 (here {self.engine.precision}), "
+                f"parallel.tensor_parallel_size 1 (here {ranks}) and a micro_batch that 16 divides (here "
+                f"{self.micro_batch})"
+            )
+        if self.engine.apex and self.optim.kind != "adamw":
+            raise ValueError(f"engine.apex has AdamW only, and optim.kind is {self.optim.kind}; set engine.apex: false")
+        if self.optim.kind == "muon" and ranks * stages > 1:
+            raise ValueError(
+                "optim.kind muon works on whole matrices and without ZeRO, and tensor and pipeline parallelism need "
+                "ZeRO stage 1; set optim.kind: adamw"
+            )
 
     def checkpoint_due(self, done: int) -> bool:
         """Whether a checkpoint follows step number ``done`` (from 1)."""

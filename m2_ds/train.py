@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from m2_ds.config import RunConfig, load_config
 
@@ -56,15 +56,15 @@ def train(config: RunConfig) -> None:
 def run(config: RunConfig, mesh: "Mesh") -> None:
     """Resume, train, evaluate, write checkpoints."""
     from m2_ds.api import Processor, load_into
+    from m2_ds.convert.run_folder import MODEL
     from m2_ds.engine import preflight, resume
     from m2_ds.engine.checkpoint import sweep
     from m2_ds.engine.environment import claim, describe
     from m2_ds.engine.optim import freeze_unreached
-    from m2_ds.engine.setup import build_engine, deepspeed_config, fit_stem, zero_stage
+    from m2_ds.engine.setup import build_engine, build_model, deepspeed_config, encoder_of, fit_stem, opened, zero_stage
     from m2_ds.engine.trainer import Trainer
     from m2_ds.evaluation.run import run_evaluations
     from m2_ds.files import write_atomically, write_json
-    from m2_ds.model.encoder import M2Encoder
     from m2_ds.model.weights import init_weights
 
     settings = deepspeed_config(config, mesh)
@@ -73,29 +73,28 @@ def run(config: RunConfig, mesh: "Mesh") -> None:
         found = resume.find(config, mesh)
         start = 0
         if found is not None:
-            layout = resume.layout(mesh.data_parallel.size, zero_stage(settings))
-            start = resume.check(found, config, tokenizer, layout)
+            start = resume.check(found, config, tokenizer, resume.layout(mesh, zero_stage(settings)))
         if mesh.is_first:
             sweep(config.folder / "checkpoints")
             write_atomically(config.folder / "config.yaml", config.to_yaml().encode())
             write_json(config.folder / "environment.json", describe(mesh))
-        model = M2Encoder(config.model)
-        if found is None:  # otherwise every weight comes from there
-            if config.init_from is None:
-                init_weights(model, config.model, config.seed)
-                fit_stem(model, config, tokenizer)
-            else:
-                load_into(model, config.model, config.init_from)
+        module, model = build_model(config, settings, mesh)
+        source = config.init_from if found is None else found / MODEL
+        if source is None:
+            init_weights(model, config.model, config.seed, opened)
+            fit_stem(model, config, tokenizer)
+        else:
+            load_into(model, config.model, source, opened)
         freeze_unreached(model, config.loss)
-        engine = build_engine(model, config, settings, mesh)
+        engine = build_engine(model, config, settings, mesh, module)
         if found is not None:
-            resume.restore(engine, found, config)
-        processor = Processor(config.model.image_size, tokenizer)
+            resume.restore(engine, model, found, config, mesh)
+        processor, encoder = Processor(config.model.image_size, tokenizer), encoder_of(module, mesh)
 
-        def evaluate(module: Any) -> dict[str, float]:
-            return run_evaluations(module, processor, config.evaluation, group=mesh.data_parallel)
+        def evaluate() -> dict[str, float]:
+            return run_evaluations(encoder, processor, config.evaluation, group=mesh.data_parallel)
 
-        Trainer(engine, config, mesh, tokenizer, evaluate).run(start)
+        Trainer(engine, model, config, mesh, tokenizer, evaluate).run(start)
 
 
 def _tell(message: str) -> None:

@@ -1,66 +1,113 @@
-"""The canonical folder: unsharded safetensors under the release's names, config.json, tokenizer files beside them.
+"""The canonical folder: safetensors of whole tensors under the release's names, config.json, tokenizer files beside it.
 
 model.safetensors                        or  model-00001-of-00004.safetensors ... + model.safetensors.index.json
 config.json                              fields of M2EncoderConfig
 tokenizer_config.json, tokenizer.model   where the run had a tokenizer
 """
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from m2_ds.files import sync, write_json
 from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.weights import Piece, pieces
+from m2_ds.parallel.collectives import all_gather_objects, gather
+from m2_ds.parallel.mesh import Group, Mesh
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 
 
-def write_weights(
-    folder: Path, sizes: Mapping[str, int], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 2 << 30
-) -> None:
-    """Write named tensors as safetensors shards, holding one shard in memory at a time.
+class WeightWriter:
+    """Writes fp32 tensors of a model that lies on the ranks of ``mesh`` into safetensors files; every rank calls it.
 
-    ``sizes``: bytes of every tensor, in the order in which ``tensors`` yields them. Files are synced to disk; making
-    the folder appear atomically is the caller's part.
+    The data-parallel ranks of a pipeline stage, who all have the same, take its files in turn: each gathers the tensors
+    of one from the tensor-parallel ranks, then all write at once. So none holds more than a file. Files are synced to
+    disk; making a folder appear atomically is the caller's part.
     """
-    shards = _plan(sizes, max_shard_bytes)
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
-    stream = iter(tensors)
-    for file, members in zip(names, shards):
-        held = {}
-        for expected in members:
-            name, tensor = next(stream)
-            assert name == expected, f"{name} came where {expected} was announced"
-            held[name] = tensor.detach().cpu().contiguous().clone()
-        save_file(held, folder / file, metadata={"format": "pt"})
-        sync(folder / file)
-    if len(shards) > 1:
-        weight_map = {name: file for file, members in zip(names, shards) for name in members}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+    def __init__(self, mesh: Mesh, max_file_bytes: int = 2 << 30) -> None:
+        self.mesh, self.max_file_bytes = mesh, max_file_bytes
+        self._number = 0
+        self._held: dict[Path, dict[str, Tensor]] = {}
+
+    def write(self, folder: Path, announced: Iterable[Piece], entries: Iterable[Piece]) -> None:
+        """``entries``: what this rank has of its stage's tensors, one after another, as `outlines` ``announced`` it.
+
+        The last files are written by `finish`.
+        """
+        data, sizes = self.mesh.data_parallel, {p.name: math.prod(p.whole_shape) * 4 for p in announced}
+        stages = all_gather_objects(sizes, self.mesh.pipeline)
+        files = _plan(stages, self.max_file_bytes)
+        stream = iter(entries)
+        for file, members in files[self.mesh.pipeline.rank].items():
+            held = {}
+            for expected in members:
+                piece = next(stream)
+                assert piece.name == expected, f"{piece.name} came where {expected} was announced"
+                if self._number % data.size == data.rank:
+                    whole = _whole(piece, self.mesh.tensor)
+                    if whole is not None:
+                        held[piece.name] = whole.cpu().contiguous().clone()
+            if held:
+                self._held[folder / file] = held
+            self._number += 1
+            if self._number % data.size == 0:
+                self.finish()
+        weight_map = {name: file for stage in files for file, members in stage.items() for name in members}
+        if self.mesh.is_first and SINGLE not in weight_map.values():
+            total = sum(size for stage in stages for size in stage.values())
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def finish(self) -> None:
+        """Write what this rank still holds."""
+        for path, tensors in self._held.items():
+            save_file(tensors, path, metadata={"format": "pt"})
+            sync(path)
+        self._held.clear()
 
 
-def _plan(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _plan(stages: Sequence[Mapping[str, int]], max_bytes: int) -> list[dict[str, list[str]]]:
+    """Files of each stage, numbered through, and the names of the tensors in them."""
+    cut = [_cut(sizes, max_bytes) for sizes in stages]
+    count = sum(map(len, cut))
+    numbers = itertools.count(1)
+    return [
+        {SINGLE if count == 1 else f"model-{next(numbers):05}-of-{count:05}.safetensors": x for x in parts}
+        for parts in cut
+    ]
+
+
+def _cut(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    parts: list[list[str]] = []
     used = 0
     for name, size in sizes.items():
-        if shards[-1] and used + size > max_bytes:
-            shards.append([])
+        if not parts or used + size > max_bytes:
+            parts.append([])
             used = 0
-        shards[-1].append(name)
+        parts[-1].append(name)
         used += size
-    return shards
+    return parts
+
+
+def _whole(piece: Piece, group: Group) -> Tensor | None:
+    """The tensor that the ranks of a tensor-parallel group hold pieces of, on the first of them."""
+    if piece.split is None:
+        return piece.tensor if group.is_first else None
+    parts = gather(piece.tensor, group, "checkpoint")
+    if parts is None:
+        return None
+    return torch.cat(parts, piece.split.dim).narrow(piece.split.dim, 0, piece.split.whole)  # without the filling
 
 
 def write_config(folder: Path, config: M2EncoderConfig) -> None:
@@ -103,6 +150,25 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def canonical_bytes(entries: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each canonical entry when written in ``dtype``; meta tensors will do."""
-    return {name: tensor.numel() * dtype.itemsize for name, tensor in entries}
+def outlines(name: str, parameter: nn.Parameter) -> Iterator[Piece]:
+    """The pieces of an inner parameter without their numbers; of a partitioned one (ZeRO 3), as if it were gathered."""
+    return pieces(name, parameter, torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta"))
+
+
+def read_stretch(name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor], start: int, length: int) -> Tensor:
+    """Numbers ``start`` to ``start + length`` of an inner parameter, flat, in fp32, from canonical tensors.
+
+    Of memory-mapped ones next to nothing else is read. What the whole weight does not have is zero: the filling of a
+    piece, numbers beyond its end.
+    """
+    out = torch.zeros(length)
+    offset = 0
+    for piece in outlines(name, parameter):
+        whole = tensors[piece.name]
+        source = whole if piece.split is None else piece.split.of(whole)
+        assert source.shape[1:] == piece.tensor.shape[1:], "filling lies behind a piece's rows"
+        first, last = max(start, offset), min(start + length, offset + source.numel())
+        if first < last:
+            out[first - start : last - start] = source.flatten()[first - offset : last - offset]
+        offset += piece.tensor.numel()
+    return out

@@ -2,10 +2,12 @@
 
 checkpoints/step-00001000/
   model/        canonical weights (fp32) with config.json and the tokenizer: what `m2_ds.load` reads
-  engine/       DeepSpeed's own files: optimizer, schedule, sharded weights
+  optimizer/    the optimizer's state (fp32), a folder for each kind of it, under the names of the weights
   config.yaml   the run's resolved configuration
-  state.json    step, samples seen, layout
+  state.json    step, samples seen, the layout that wrote it
   checksums.json   SHA-256 of every file above; written last
+
+Nothing in it depends on the layout: any other one reads its slices of the same files.
 """
 
 import json
@@ -17,7 +19,7 @@ from m2_ds.files import sha256
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS, MODEL, ENGINE = "checkpoints", "model", "engine"
+CHECKPOINTS, MODEL, OPTIMIZER = "checkpoints", "model", "optimizer"
 SETTINGS, STATE, CHECKSUMS = "config.yaml", "state.json", "checksums.json"
 
 _NAME = re.compile(r"step-(\d{8,})")

@@ -82,7 +82,7 @@ def claim(folder: Path, mesh: Mesh) -> Iterator[None]:
             else:
                 error = f"folder: cannot write to {folder}: {problem}"
     try:
-        if error := broadcast_object(error, mesh.data_parallel):
+        if error := broadcast_object(error, mesh.world):
             raise ValueError(error)
         yield
     finally:

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from m2_ds.model.config import M2EncoderConfig
-from m2_ds.model.encoder import M2Encoder
+from m2_ds.model.encoder import M2Encoder, kept_patches
 from m2_ds.model.random import Noise
 
 # Dense bf16 peak of one device, TFLOP/s, from the makers' data sheets.
@@ -39,6 +39,23 @@ class StepFlops:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self._model.text_features(ids, ids)
         return counter.get_total_flops()
+
+
+def layer_flops(config: M2EncoderConfig, captions: int = 2) -> list[float]:
+    """Of each layer's forward for a picture and its ``captions`` at half their largest length: a pipeline's balance.
+
+    The first has the patches' product, the last computes class tokens alone.
+    """
+    width, text = config.hidden_size, config.max_text_length // 2
+    picture = kept_patches(config.num_patches, config.patch_drop) + 1
+    products = 8 * width**2 + 4 * width * config.ffn_size
+    each = [(picture, 1), (text, captions)]
+    layer = sum(n * (t * products + 4 * t * t * width) for t, n in each)
+    found = [float(layer)] * (config.num_layers + config.num_vl_layers)
+    if config.num_vl_layers:
+        found[-1] = sum(n * (t * 4 * width**2 + products + 4 * t * width) for t, n in each)
+    found[0] += 6 * config.num_patches * config.patch_size**2 * width
+    return found
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -20,7 +20,8 @@ from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
 from m2_ds.engine.flops import StepFlops, peak_tflops
 from m2_ds.engine.optim import lr_scale
-from m2_ds.engine.step import PHASES, ContrastiveStep, StepResult
+from m2_ds.engine.passes import PHASES
+from m2_ds.engine.step import ContrastiveStep, StepResult
 from m2_ds.files import write_atomically
 from m2_ds.parallel.collectives import all_gather_objects, all_reduce_sum
 from m2_ds.parallel.mesh import Mesh
@@ -93,6 +94,12 @@ class Monitor:
         seconds = now - self.started
         loss, count = sums[:-1], sums[-1]
         last = self.results[-1]
+        # Model-parallel ranks read the same pairs, and share the arithmetic of them.
+        mesh = self.mesh
+        alone = mesh.tensor.is_first and mesh.pipeline.is_first
+        own = (dict(self.skipped) if alone else {}, _memory_gb(mesh.device), _bubble(phases))
+        everyone = all_gather_objects(own, mesh.world)
+        tflops = self.operations / (mesh.tensor.size * mesh.pipeline.size) / seconds / 1e12
         norms = [float(r.grad_norm) for r in self.results if r.grad_norm is not None]
         by_level = loss.sum(1) / count.sum()
         weights = [w for w in (self.config.loss.unimodal_weight, self.config.loss.vl_weight) if w > 0]
@@ -109,17 +116,21 @@ class Monitor:
             "step_s": seconds / n,
             "data_wait_s": self.waited / n,
             "data_wait_share": self.waited / seconds,
-            "tflops": self.operations / seconds / 1e12,
-            "mfu": self.operations / seconds / 1e12 / self.peak if self.peak else None,
-            "memory_gb": _memory_gb(self.mesh.device),
-            "contrastive_batch": last.contrastive_batch,
-            "repeated_share": sum(r.repeated for r in self.results) * group.size / (n * self.config.global_batch),
+            "tflops": tflops,
+            "mfu": tflops / self.peak if self.peak else None,
+            "memory_gb": max(memory for _, memory, _ in everyone),
+            "contrastive_batch": int(last.contrastive_batch),
+            "repeated_share": sum(float(r.repeated) for r in self.results)
+            * group.size
+            / (n * self.config.global_batch),
             **{f"seconds/{phase}": phases.get(phase, 0.0) / n for phase in PHASES},
             **{f"sent_mb/{kind}": x / n / 1e6 for kind, x in sorted(sent.items()) if x and kind != "log"},
             "communication_share": sum(held_up.values()) / seconds,
         }
-        for counts in all_gather_objects(dict(self.skipped), group):
-            self.skipped_in_all.update(counts)
+        if self.mesh.pipeline.size > 1:
+            numbers["bubble_share"] = sum(bubble for _, _, bubble in everyone) / len(everyone)
+        for skipped, _, _ in everyone:
+            self.skipped_in_all.update(skipped)
         numbers["skipped"] = dict(self.skipped_in_all)
         if self.sinks:
             self.sinks.write(numbers)
@@ -193,6 +204,12 @@ class _Sinks:
             self.wandb.finish()
 
 
+def _bubble(phases: dict[str, float]) -> float:
+    """The share of the passes of a pipeline in which this rank waited for its neighbours."""
+    busy = sum(phases.get(phase, 0.0) for phase in ("forward", "recompute", "backward"))
+    return phases.get("pipe", 0.0) / max(busy + phases.get("pipe", 0.0), 1e-9)
+
+
 def _line(numbers: dict[str, Any]) -> str:
     parts = [f"loss {numbers['loss']:.3f}"]
     parts += [
@@ -207,6 +224,8 @@ def _line(numbers: dict[str, Any]) -> str:
     scale = next(value for name, value in reversed(numbers.items()) if name.startswith("logit_scale/"))
     if numbers["grad_norm"] is not None:
         parts.append(f"norm {numbers['grad_norm']:.2f}")
+    if "bubble_share" in numbers:
+        parts.append(f"bubble {100 * numbers['bubble_share']:.0f}%")
     if any(name.startswith("sent_mb/") for name in numbers):
         parts.append(f"comm {100 * numbers['communication_share']:.0f}%")
     parts += [f"scale {scale:.1f}", f"{numbers['memory_gb']:.1f} GB"]

@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from m2_ds.config import OptimConfig, ParameterRule, ScheduleConfig
 from m2_ds.engine.muon import MuonAdamW
 from m2_ds.loss.config import LossConfig
+from m2_ds.model.encoder import M2Encoder, canonical_shapes
+from m2_ds.model.kernels import fused_adam
+from m2_ds.model.stack import Part
 from m2_ds.model.weights import LOGIT_SCALES, canonical_names, freeze_unused
 
 _NOT_DECAYED = ("embed_positions", "cls_token", "mask_token")
@@ -30,37 +33,29 @@ def freeze_unreached(model: nn.Module, loss: LossConfig) -> None:
             parameter.requires_grad_(False)
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(model: M2Encoder, config: OptimConfig, loss: LossConfig | None = None) -> list[dict[str, Any]]:
     """AdamW groups of the parameters that train, by (learning rate scale, decay); rules may freeze more.
 
-    Raises ValueError for a rule that no parameter matches (most likely a misspelt pattern).
+    A part of a model has the groups of the whole, in one order, for DeepSpeed takes gradient norms over the stages of a
+    pipeline group by group: one that has nothing here holds a number that never trains. ``loss`` is asked for then, to
+    know what of the rest is frozen. Raises ValueError for a rule that no parameter matches (most likely a misspelt
+    pattern).
     """
-    groups: dict[tuple[float, float, float | None, int], list[nn.Parameter]] = {}
-    hits = [0] * len(config.rules)
-    for name, parameter in model.named_parameters():
-        names = canonical_names(name)
-        matching = [i for i, rule in enumerate(config.rules) if any(re.search(rule.pattern, n) for n in names)]
-        for i in matching:
-            hits[i] += 1
-        rules = [config.rules[i] for i in matching]
-        if _last_set(rules, "freeze"):
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            ceiling = math.log(config.max_logit_scale) if name in LOGIT_SCALES else None
-            scale, decay = _last_set(rules, "lr_scale"), _last_set(rules, "weight_decay")
-            key = (
-                1.0 if scale is None else scale,
-                _decay(name, parameter, config) if decay is None else decay,
-                ceiling,
-                _muon_parts(name, parameter) if config.kind == "muon" else 0,
-            )
-            groups.setdefault(key, []).append(parameter)
-    for rule, count in zip(config.rules, hits):
-        if count == 0:
+    everything = canonical_shapes(model.config) if config.rules else {}
+    for rule in config.rules:
+        if not any(re.search(rule.pattern, name) for name in everything):
             raise ValueError(
                 f"optim.rules: no weight's name matches '{rule.pattern}'. Names look like "
                 "backbone.encoder.layers.0.self_attn.q_proj.A.weight; docs/training.md lists them"
             )
+    groups = _by_settings(model, config)
+    if model.part != Part.whole(model.config):
+        assert loss is not None
+        with torch.device("meta"):
+            whole = M2Encoder(model.config)
+        freeze_unreached(whole, loss)
+        filling = {key: [nn.Parameter(torch.zeros(1))] for key in _by_settings(whole, config)}
+        groups = {key: groups.get(key, filled) for key, filled in filling.items()}
     if not groups:
         raise ValueError("optim.rules freeze every weight: there is nothing to train")
     return [
@@ -75,12 +70,35 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
     ]
 
 
+_Settings = tuple[float, float, float | None, int]  # learning rate scale, decay, ceiling, matrices that Muon updates
+
+
+def _by_settings(model: M2Encoder, config: OptimConfig) -> dict[_Settings, list[nn.Parameter]]:
+    groups: dict[_Settings, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        names = canonical_names(name)
+        rules = [rule for rule in config.rules if any(re.search(rule.pattern, n) for n in names)]
+        if _last_set(rules, "freeze"):
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            ceiling = math.log(config.max_logit_scale) if name in LOGIT_SCALES else None
+            scale, decay = _last_set(rules, "lr_scale"), _last_set(rules, "weight_decay")
+            key = (
+                1.0 if scale is None else scale,
+                _decay(name, parameter, config) if decay is None else decay,
+                ceiling,
+                _muon_parts(name, parameter) if config.kind == "muon" else 0,
+            )
+            groups.setdefault(key, []).append(parameter)
+    return groups
+
+
 def _last_set(rules: list[ParameterRule], field: str) -> Any:
     return next((value for rule in reversed(rules) if (value := getattr(rule, field)) is not None), None)
 
 
 def _decay(name: str, parameter: nn.Parameter, config: OptimConfig) -> float:
-    plain = parameter.dim() < 2 or any(part in name for part in _NOT_DECAYED)
+    plain = len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or any(part in name for part in _NOT_DECAYED)
     return 0.0 if plain else config.weight_decay
 
 
@@ -91,19 +109,27 @@ def _muon_parts(name: str, parameter: nn.Parameter) -> int:
     return 3 if ".qkv_proj." in name else 1
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, precision: str = "fp32") -> torch.optim.Optimizer:
-    """torch's AdamW, fused into one kernel a group, or Muon beside it; the logit scales are held under their ceiling.
+def build_optimizer(
+    model: M2Encoder,
+    config: OptimConfig,
+    precision: str = "fp32",
+    loss: LossConfig | None = None,
+    apex: bool = False,
+) -> torch.optim.Optimizer:
+    """torch's AdamW, fused into one kernel a group, or apex's, or Muon beside it; logit scales are clamped.
 
     The clamp acts on what the optimizer holds, right after its step: under ZeRO that is the fp32 master copy (padded
     with zeros), from which the engine then refreshes the model's own.
     """
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, loss)
     optimizer: torch.optim.Optimizer
     if config.kind == "muon":
         compute = torch.bfloat16 if precision == "bf16" else torch.float32
         optimizer = MuonAdamW(
             groups, momentum=config.momentum, compute=compute, lr=config.lr, betas=config.betas, eps=config.eps
         )
+    elif apex:
+        optimizer = fused_adam()(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
     else:
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer.register_step_post_hook(_clamp)

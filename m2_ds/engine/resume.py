@@ -1,18 +1,25 @@
-"""Going on from a checkpoint: which one, whether this job can, and loading it so that the break does not show."""
+"""Going on from a checkpoint: which one, whether this job can, and loading it so that the break does not show.
+
+The layout need not be the one that wrote it: every rank reads its slices of the same files.
+"""
 
 import json
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from m2_ds.config import RunConfig
-from m2_ds.convert.run_folder import CHECKPOINTS, ENGINE, MODEL, SETTINGS, STATE, checkpoint_steps, newest_good
+from m2_ds.convert.canonical import read_stretch, read_weights
+from m2_ds.convert.run_folder import CHECKPOINTS, MODEL, OPTIMIZER, SETTINGS, STATE, checkpoint_steps, newest_good
 from m2_ds.data.text import Tokenizer, load_tokenizer
 from m2_ds.engine.optim import lr_scale
+from m2_ds.engine.optimizer_state import OptimizerState
 from m2_ds.files import sha256
+from m2_ds.model.encoder import M2Encoder
 from m2_ds.parallel.collectives import broadcast_object
 from m2_ds.parallel.mesh import Mesh
 
@@ -23,18 +30,23 @@ _FIXED = re.compile(
     r"seed|global_batch|engine\.precision|optim\.(kind|rules(\..*)?)|loss\.(unimodal|vl)_weight"
     r"|model\.(?!drop_path|patch_drop|recompute|position_std)\w+"
 )
-# What has no effect on the numbers.
+# What has no effect on the numbers but for rounding.
 _FREE = re.compile(
     r"folder|init_from|init_pictures|tokenizer|micro_batch|model\.(recompute|position_std)"
-    r"|(engine|checkpoint|log|evaluation)(\..*)?"
+    r"|(engine|checkpoint|log|evaluation)(\..*)?|parallel\.(?!contrast_group).*"
     r"|data\.(workers|prefetch|row_group_cache_mb|picture_cache_mb|sources\.\d+\.path)"
 )
-_HYPERPARAMETERS = ("initial_lr", "betas", "eps", "weight_decay", "ceiling", "momentum")
 
 
-def layout(data_parallel: int, zero_stage: int) -> dict[str, int]:
-    """What decides how DeepSpeed's files are cut."""
-    return {"data_parallel": data_parallel, "zero_stage": zero_stage}
+def layout(mesh: Mesh, zero_stage: int) -> dict[str, int]:
+    """What a checkpoint tells of the job that wrote it. Only the number of contrast groups changes what is computed."""
+    return {
+        "tensor_parallel": mesh.tensor.size,
+        "data_parallel": mesh.data_parallel.size,
+        "pipeline_parallel": mesh.pipeline.size,
+        "zero_stage": zero_stage,
+        "contrast_groups": mesh.contrast_groups,
+    }
 
 
 def data_digests(config: RunConfig) -> list[str]:
@@ -50,7 +62,7 @@ def find(config: RunConfig, mesh: Mesh) -> Path | None:
     folder = config.folder / CHECKPOINTS
     found = newest_good(folder) if mesh.is_first else None
     there = len(checkpoint_steps(folder)) if mesh.is_first else 0
-    found, there = broadcast_object((found, there), mesh.data_parallel)
+    found, there = broadcast_object((found, there), mesh.world)
     if found is None and there:
         raise ValueError(
             f"{folder} holds {there} checkpoint(s) and none of them is whole (the log above says why), so the run "
@@ -67,19 +79,14 @@ def check(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, now: dict[s
     ``now``: this job's `layout`. Raises ValueError that names what differs and what to do instead. Changes that only
     make the rest of the run another one than it would have been are allowed, and told.
     """
-    try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        before = _flat(yaml.safe_load((checkpoint / SETTINGS).read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{checkpoint} holds no {Path(error.filename).name}, so another version of m2_ds wrote it. Start a new run "
-            f"folder (folder=...) with init_from={checkpoint / MODEL}"
-        ) from None
-    if state["layout"] != now:
-        raise ValueError(
-            f"{checkpoint} was written under {_words(state['layout'])}, this job runs {_words(now)}. Start it with the "
-            f"same number of ranks and ZeRO stage, or start a new run folder with init_from={checkpoint / MODEL}"
-        )
+    for name in (SETTINGS, STATE, OPTIMIZER):
+        if not (checkpoint / name).exists():
+            raise ValueError(
+                f"{checkpoint} holds no {name}, so another version of m2_ds wrote it. Start a new run folder "
+                f"(folder=...) with init_from={checkpoint / MODEL}"
+            )
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    before = _flat(yaml.safe_load((checkpoint / SETTINGS).read_text(encoding="utf-8")))
     after = _flat(config.model_dump(mode="json"))
     differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     told = {name: f"{name} was {before.get(name)!r}, is now {after.get(name)!r}" for name in differing}
@@ -97,27 +104,44 @@ def check(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, now: dict[s
     noted = [told[name] for name in differing if not _FREE.fullmatch(name)]
     if state["data"] != data_digests(config):
         noted.append("the content of a data source is another one")
+    if (groups := state["layout"]["contrast_groups"]) != now["contrast_groups"]:
+        noted.append(f"pairs were compared in {groups} contrast group(s), are now in {now['contrast_groups']}")
+    if state["layout"] != now:
+        log.info("going on in another layout: was %s, is now %s", _words(state["layout"]), _words(now))
     for note in noted:
         log.warning("going on with a change: %s", note)
     return int(state["step"])
 
 
-def restore(engine: Any, checkpoint: Path, config: RunConfig) -> None:
-    """Load weights, optimizer and schedule. Learning rates and the like are those of ``config``, not the saved ones."""
-    groups = engine.optimizer.param_groups
-    fresh = [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in groups]
-    path, _ = engine.load_checkpoint(str(checkpoint / ENGINE), tag="state")
-    if path is None:
-        raise ValueError(f"DeepSpeed found no state in {checkpoint / ENGINE}")
+def restore(engine: Any, model: M2Encoder, checkpoint: Path, config: RunConfig, mesh: Mesh) -> None:
+    """Bring an engine, around a ``model`` that holds the checkpoint's weights, to where the checkpoint stands.
+
+    Set are the fp32 copies of the weights (in low precision the model holds them rounded), the optimizer's state, the
+    schedule and DeepSpeed's counters. Learning rates and the like stay those of ``config``, not the saved ones.
+    """
+    about = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    step, updates = about["step"], about["updates"]
+    state = OptimizerState(engine, mesh.data_parallel)
+    state.begin(updates)
+    for name, part in state.folders(checkpoint).items():
+        tensors = read_weights(part)
+        for inner, parameter in model.named_parameters():
+            if parameter.requires_grad and state.has(parameter, name):
+                state.put(parameter, name, partial(read_stretch, inner, parameter, tensors))
     scheduler = engine.lr_scheduler
-    scheduler.base_lrs = [values["initial_lr"] for values in fresh]
-    factor = lr_scale(scheduler.last_epoch, config.steps, config.optim.schedule)
-    for group, values in zip(engine.optimizer.param_groups, fresh):
-        group.update(values, lr=values["initial_lr"] * factor)
+    scheduler.last_epoch, scheduler._step_count = updates, updates + 1
+    factor = lr_scale(updates, config.steps, config.optim.schedule)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    scheduler._last_lr = [group["lr"] for group in engine.optimizer.param_groups]
+    engine.global_steps, engine.skipped_steps = step, step - updates
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
 
 
 def _words(found: dict[str, int]) -> str:
-    return f"{found['data_parallel']} rank(s) at ZeRO stage {found['zero_stage']}"
+    sizes = " x ".join(f"{found[f'{axis}_parallel']} {axis}" for axis in ("tensor", "data", "pipeline"))
+    return f"{sizes}-parallel rank(s) at ZeRO stage {found['zero_stage']}"
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
@@ -18,6 +20,8 @@ from m2_ds.data.stream import PairBatch, build_loader
 from m2_ds.data.text import Tokenizer
 from m2_ds.engine.optim import build_optimizer, schedule_builder
 from m2_ds.model.encoder import M2Encoder
+from m2_ds.model.kernels import choose
+from m2_ds.model.layers import Layers, WholeLayers
 from m2_ds.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,10 @@ _OURS = {
     "torch_autocast": "engine.precision",
     "amp": "engine.precision",
 }
+
+
+# DeepSpeed cuts a pipeline's messages over tensor-parallel ranks for one fixed shape only.
+PIPELINE_SETTINGS = {"pipe_partitioned": False, "grad_partitioned": False}
 
 
 def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
@@ -61,6 +69,7 @@ def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
             f"optim.kind muon works on whole matrices, and ZeRO stage {stage} ({path}) cuts them; set "
             "engine.deepspeed to a file of stage 0 (ds_configs/zero0.json), or optim.kind: adamw"
         )
+    _refuse_layout(config, mesh, stage, path)
     for key in _OURS.keys() & given.keys():
         raise ValueError(f"{path} sets {key!r}; set {_OURS[key]} in the recipe instead and remove it there")
     micro_batch, accumulation = config.batch_shape(mesh.data_parallel.size)
@@ -72,15 +81,35 @@ def deepspeed_config(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
             f"engine.kept_graphs is {config.engine.kept_graphs} and engine.reduce_once is false: DeepSpeed's ZeRO 3 "
             "would lose gradients of consecutive backward passes. Set kept_graphs: 1 or reduce_once: true"
         )
+    piped = mesh.pipeline.size > 1
+    if piped:
+        given = {**given, "pipeline": {**given.get("pipeline", {}), **PIPELINE_SETTINGS}}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1 if coalesced else accumulation,
+        "gradient_accumulation_steps": accumulation if piped or not coalesced else 1,
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": config.engine.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         **given,
     }
+
+
+def _refuse_layout(config: RunConfig, mesh: Mesh, stage: int, path: Path) -> None:
+    """Combinations that DeepSpeed computes wrongly or does not have, with the nearest that works."""
+    tensor, stages = mesh.tensor.size, mesh.pipeline.size
+    if stages > 1 and stage != 1:
+        raise ValueError(
+            f"parallel.pipeline_parallel_size is {stages}, {path} asks for ZeRO stage {stage}: DeepSpeed's pipelines "
+            f"{'clip wrongly without ZeRO' if stage == 0 else 'cannot partition gradients'}. Set engine.deepspeed to a "
+            "file of stage 1 (ds_configs/zero1.json)"
+        )
+    if tensor > 1 and stage == 0:
+        raise ValueError(
+            f"parallel.tensor_parallel_size is {tensor} and {path} asks for ZeRO stage 0, at which DeepSpeed takes a "
+            "wrong gradient norm. Set engine.deepspeed to a file of stage 1 (ds_configs/zero1.json): the numbers are "
+            "the same, the memory is less"
+        )
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,21 +125,85 @@ def zero_stage(settings: dict[str, Any]) -> int:
     return int(settings["zero_optimization"]["stage"])
 
 
+Opened = Callable[[nn.Parameter], AbstractContextManager[object]]
+
+
+def build_model(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> tuple[nn.Module, M2Encoder]:
+    """What goes into `build_engine`, and this rank's part of the model in it; its values are to be filled in.
+
+    Under ZeRO 3 every layer is partitioned as soon as it is made: no rank ever holds the model.
+    """
+    kernels = choose(config.engine.apex, config.engine.fp8, mesh.device)
+    layers: Layers = WholeLayers(kernels)
+    if mesh.tensor.size > 1:
+        from m2_ds.parallel.tensor import TensorParallelLayers
+
+        layers = TensorParallelLayers(mesh.tensor, config.parallel.sequence_parallel, kernels.norm)
+    placed: AbstractContextManager[object] = torch.device(mesh.device)  # never whole in the host's memory
+    if zero_stage(settings) == 3:
+        unit = mesh.mpu  # by itself, Init would cut over all ranks, tensor-parallel ones included
+        placed = deepspeed.zero.Init(
+            data_parallel_group=None if unit is None else unit.get_data_parallel_group(),
+            config_dict_or_path=settings,
+            mpu=unit,
+        )
+    with placed:
+        if mesh.pipeline.size > 1:
+            from m2_ds.engine.pipeline import build_pipeline
+
+            module, stage = build_pipeline(config, mesh, layers)
+            return module, stage.model
+        model = M2Encoder(config.model, layers)
+    return model, model
+
+
+def encoder_of(module: nn.Module, mesh: Mesh) -> Any:
+    """What evaluation embeds with: the model itself, or its stages on the ranks of a pipeline."""
+    if mesh.pipeline.size == 1:
+        return module
+    from m2_ds.engine.pipeline import StagedEncoder
+
+    return StagedEncoder(module.forward_funcs[0], mesh)  # type: ignore[index, arg-type]
+
+
+def opened(parameter: nn.Parameter) -> AbstractContextManager[object]:
+    """A context in which a parameter's tensor is whole; what the first data-parallel rank does to it is kept."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    return cast(AbstractContextManager[object], deepspeed.zero.GatheredParameters([parameter], modifier_rank=0))
+
+
 def fit_stem(model: M2Encoder, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Fit a conv stem to the first ``init_pictures`` of the stream, the same ones on every rank."""
+    """Fit a conv stem to the first ``init_pictures`` of the stream, the same ones on every rank that has it."""
     count = config.init_pictures
-    if count:
+    if count and model.part.is_first:
         loader = build_loader(config.data, tokenizer, global_batch=count, micro_batch=count, seed=config.seed)
         with contextlib.closing(cast(Generator[PairBatch, None, None], iter(loader))) as batches:
-            model.backbone.vision_embed.fit(next(batches).images)
+            stem = model.backbone.vision_embed
+            with contextlib.ExitStack() as stack:
+                for parameter in stem.parameters():
+                    stack.enter_context(opened(parameter))
+                stem.fit(next(batches).images)
 
 
-def build_engine(model: nn.Module, config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> Any:
-    """Wrap the model: optimizer, schedule, ZeRO as ``settings`` (a `deepspeed_config`) say."""
-    optimizer = build_optimizer(model, config.optim, config.engine.precision)
+def build_engine(
+    model: M2Encoder, config: RunConfig, settings: dict[str, Any], mesh: Mesh, module: nn.Module | None = None
+) -> Any:
+    """Wrap the model: optimizer, schedule, ZeRO as ``settings`` (a `deepspeed_config`) say.
+
+    ``module``: what `build_model` gave with it; None: the model itself.
+    """
+    module = model if module is None else module
+    piped = mesh.pipeline.size > 1
+    optimizer = build_optimizer(model, config.optim, config.engine.precision, config.loss, config.engine.apex)
+    here = set(module.parameters())
+    for number, group in enumerate(optimizer.param_groups):  # DeepSpeed names all parameters by their module
+        if group["params"][0] not in here:
+            module.register_parameter(f"group_{number}_is_elsewhere", group["params"][0])
     engine, *_ = deepspeed.initialize(
-        model=model.to(mesh.device),
+        model=module if hasattr(next(model.parameters()), "ds_id") else module.to(mesh.device),
         optimizer=optimizer,
+        mpu=None if piped else mesh.mpu,  # a pipeline knows its own
         lr_scheduler=schedule_builder(config.steps, config.optim.schedule),
         config=settings,
         dist_init_required=False,

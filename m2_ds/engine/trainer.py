@@ -13,19 +13,30 @@ from m2_ds.engine import checkpoint
 from m2_ds.engine.monitor import Monitor
 from m2_ds.engine.step import ContrastiveStep
 from m2_ds.files import write_json
+from m2_ds.model.encoder import M2Encoder
 from m2_ds.parallel.collectives import broadcast_object
 from m2_ds.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[Any], dict[str, float]]
+Evaluate = Callable[[], dict[str, float]]
 
 
 class Trainer:
     """Carries a run from one step to its last, with an engine that stands at that step."""
 
-    def __init__(self, engine: Any, config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, evaluate: Evaluate) -> None:
-        self.engine, self.config, self.mesh, self.tokenizer, self.evaluate = engine, config, mesh, tokenizer, evaluate
+    def __init__(
+        self,
+        engine: Any,
+        model: M2Encoder,
+        config: RunConfig,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        evaluate: Evaluate,
+    ) -> None:
+        """``model``: this rank's part of it, inside the engine."""
+        self.engine, self.model, self.config, self.mesh = engine, model, config, mesh
+        self.tokenizer, self.evaluate = tokenizer, evaluate
         self.languages = list(config.data.languages)
         self.step = ContrastiveStep(engine, config, mesh, len(self.languages))
 
@@ -59,20 +70,21 @@ class Trainer:
                     waited = time.perf_counter() - asked
                     monitor.add(step, pairs, self.step(pairs), waited)
                     paused = time.perf_counter()
-                    self._between(step + 1, monitor)
+                    with mesh.traffic.left_out():
+                        self._between(step + 1, monitor)
                     monitor.pause(time.perf_counter() - paused)
 
     def _between(self, done: int, monitor: Monitor) -> None:
         """Checkpoint and evaluation, where step number ``done`` (from 1) calls for them."""
         if self.config.checkpoint_due(done):
-            path = checkpoint.save(self.engine, done, self.config, self.tokenizer, self.mesh)
+            path = checkpoint.save(self.engine, self.model, done, self.config, self.tokenizer, self.mesh)
             log.info("checkpoint %s", path)
         if self.config.evaluation_due(done):
             self._evaluate(done, monitor)
 
     def _evaluate(self, done: int, monitor: Monitor) -> None:
         self.engine.eval()
-        results = self.evaluate(self.engine.module)
+        results = self.evaluate()
         self.engine.train()
         if self.mesh.is_first:
             path = self._evaluation_file(done)
@@ -81,7 +93,7 @@ class Trainer:
         monitor.write_evaluation(done, results)
 
     def _evaluated(self, done: int) -> bool:
-        return broadcast_object(self._evaluation_file(done).exists(), self.mesh.data_parallel)
+        return broadcast_object(self._evaluation_file(done).exists(), self.mesh.world)
 
     def _evaluation_file(self, done: int) -> Any:
         return self.config.folder / "evaluation" / f"step-{done:08}.json"

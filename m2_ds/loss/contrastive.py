@@ -51,15 +51,17 @@ class ContrastiveLoss:
     """``by_pair`` [N, C, n]: loss of each own pair, 0 for padding; ``gradients`` of the group's loss, by level.
 
     The group's loss is the mean of ``by_pair`` over captions and all ranks' pairs, weighted over levels; ``value`` the
-    same mean over own pairs only. ``pairs``: B without padding; ``repeated``: own pairs' group members beside
-    themselves, which ``repeats`` makes right answers, leaves out or counts as wrong.
+    same mean over own pairs only. ``pairs``: B without padding, ``own_pairs`` of them own; ``repeated``: own pairs'
+    group members beside themselves, which ``repeats`` makes right answers, leaves out or counts as wrong (a tensor
+    where it was summed over ranks).
     """
 
     by_pair: Tensor
     value: Tensor
     gradients: list[LevelGradient]
     pairs: int
-    repeated: int
+    own_pairs: int
+    repeated: int | Tensor
 
 
 def contrastive_loss(levels: Sequence[Level], pool: Pool, config: LossConfig) -> ContrastiveLoss:
@@ -85,7 +87,7 @@ def contrastive_loss(levels: Sequence[Level], pool: Pool, config: LossConfig) ->
     weights = by_pair.new_tensor([level.weight for level in levels])
     own_pairs = int((pool.own_ids >= 0).sum())
     value = (weights @ by_pair.mean(1)).sum() / max(own_pairs, 1)
-    return ContrastiveLoss(by_pair, value, gradients, answers.pairs, answers.repeated)
+    return ContrastiveLoss(by_pair, value, gradients, answers.pairs, own_pairs, answers.repeated)
 
 
 def exchange_and_compare(

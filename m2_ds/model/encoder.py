@@ -4,19 +4,20 @@ Legend: B pictures or captions, S image side, P patches, L text tokens, T tokens
 Module and parameter names are the release's own (m2_ds.model.weights says where the inside differs).
 """
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from m2_ds.model.config import M2EncoderConfig
-from m2_ds.model.multiway import ALL_A, ALL_B, Multiway, MultiwayLayer, Packing, layer_norm
+from m2_ds.model.layers import WHOLE, Layers
+from m2_ds.model.multiway import ALL_A, ALL_B
 from m2_ds.model.random import Noise
+from m2_ds.model.stack import POSITION_OFFSET, Encoder, Part
 from m2_ds.model.stem import ConvStem, PatchProjection
-from m2_ds.model.weights import register_canonical_names
+from m2_ds.model.weights import LOGIT_BIASES, LOGIT_SCALES, pieces, register_canonical_names
 
-POSITION_OFFSET = 2  # fairseq's: row 0 and 1 of a position table are never read
+HEADS = ("itc_text_proj", "itc_image_proj", "itc_vl_text_proj", "itc_vl_image_proj")
 _PATCH_DROP_DECISION = 1 << 20  # outside the range that layers number theirs in
 
 
@@ -32,88 +33,6 @@ class LogitParameters(NamedTuple):
 
     scale: tuple[Tensor, Tensor]
     bias: tuple[Tensor, Tensor] | None
-
-
-class Encoder(nn.Module):
-    """Layers and a final LayerNorm; the backbone's also adds positions."""
-
-    def __init__(
-        self, config: M2EncoderConfig, num_layers: int, first_index: int, positions: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__()
-        self.recompute = config.recompute
-        depth = config.num_layers + config.num_vl_layers
-        rates = [config.drop_path * i / max(depth - 1, 1) for i in range(first_index, first_index + num_layers)]
-        self.layers = nn.ModuleList(MultiwayLayer(config, first_index + i, rate) for i, rate in enumerate(rates))
-        self.layer_norm = Multiway(lambda: layer_norm(config.hidden_size))
-        if positions is not None:
-            self.embed_positions = nn.ModuleDict(
-                {branch: nn.Embedding(rows, config.hidden_size) for branch, rows in zip("AB", positions)}
-            )
-
-    def add_positions(self, x: Tensor, branch: str) -> Tensor:
-        """[B, T, D] plus rows 2 .. T + 1 of the branch's table."""
-        table = cast(nn.Embedding, self.embed_positions[branch])
-        available = table.num_embeddings - POSITION_OFFSET
-        if x.shape[1] > available:
-            raise ValueError(f"a sequence of {x.shape[1]} tokens does not fit the position table of {available} rows")
-        return x + table(torch.arange(POSITION_OFFSET, POSITION_OFFSET + x.shape[1], device=x.device))
-
-    def forward(
-        self,
-        x: Tensor,
-        split: int,
-        valid: Tensor | None = None,
-        noise: Noise | None = None,
-        attention_mask: Tensor | None = None,
-        first_only: bool = False,
-    ) -> Tensor:
-        """[B, T, D] -> [B, T, D], or [B, 1, D] with ``first_only``: then the last layer computes first tokens alone.
-
-        ``valid`` (bool [B, T], None: all) marks real tokens: others enter as zeros and are never attended to.
-        ``attention_mask`` (bool [T, T] or [B, T, T], True: may attend) restricts further. With neither split nor
-        restriction, a CPU does not compute padding at all (a GPU would wait for the mask): its rows are zeros.
-        """
-        assert not first_only or (attention_mask is None and split in (ALL_A, ALL_B))
-        if valid is not None and valid.device.type == "cpu" and attention_mask is None and split in (ALL_A, ALL_B):
-            packing = Packing.of(valid)
-            x = self._layers_and_norm(packing.pack(x), split, valid[:, None, None, :], noise, packing, first_only)
-            return x if first_only and len(self.layers) else packing.pad(x)
-        mask = None
-        if valid is not None:
-            x = x * valid[..., None].to(x.dtype)
-            mask = valid[:, None, None, :]
-        if attention_mask is not None:
-            allowed = attention_mask if attention_mask.dim() == 2 else attention_mask[:, None]
-            mask = allowed if mask is None else mask & allowed
-        return self._layers_and_norm(x, split, mask, noise, None, first_only)
-
-    def _layers_and_norm(
-        self,
-        x: Tensor,
-        split: int,
-        mask: Tensor | None,
-        noise: Noise | None,
-        packing: Packing | None,
-        first_only: bool,
-    ) -> Tensor:
-        for number, layer in enumerate(self.layers, 1):
-            x = self._run(layer, x, split, mask, noise, packing, first_only and number == len(self.layers))
-        return self.layer_norm(x, split)
-
-    def _run(self, layer: nn.Module, *inputs: object) -> Tensor:
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return layer(*inputs)
-        # Every random decision is a function of its inputs, so no generator state needs to be kept.
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if self.recompute == "selective":
-            options["context_fn"] = _keep_matrix_products
-        return checkpoint(layer, *inputs, **options)
-
-
-def _keep_matrix_products() -> tuple[object, object]:
-    aten = torch.ops.aten
-    return create_selective_checkpoint_contexts([aten.mm.default, aten.addmm.default])
 
 
 class VisionEmbedding(nn.Module):
@@ -154,12 +73,15 @@ class VisionEmbedding(nn.Module):
 class Backbone(nn.Module):
     """Token and patch embeddings and the modality-specific layers."""
 
-    def __init__(self, config: M2EncoderConfig) -> None:
+    def __init__(self, config: M2EncoderConfig, layers: Layers, part: Part) -> None:
         super().__init__()
-        self.text_embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.vision_embed = VisionEmbedding(config)
-        rows = (config.num_patches + 1 + POSITION_OFFSET, config.text_positions)
-        self.encoder = Encoder(config, config.num_layers, first_index=0, positions=rows)
+        rows = None
+        if part.is_first:
+            self.text_embed = layers.token_table(config.vocab_size, config.hidden_size)
+            self.vision_embed = VisionEmbedding(config)
+            rows = (config.num_patches + 1 + POSITION_OFFSET, config.text_positions)
+        numbers = part.layers(0, config.num_layers)
+        self.encoder = Encoder(config, layers, numbers, 0, part.has_backbone_end(config), rows)
 
 
 class Head(nn.Module):
@@ -185,26 +107,36 @@ class Pooler(nn.Module):
 
 
 class M2Encoder(nn.Module):
-    """Bilingual image-text encoder. ``encode_image``, ``encode_text`` give the embeddings, ``forward`` both levels."""
+    """Bilingual image-text encoder. ``encode_image``, ``encode_text`` give the embeddings, ``forward`` both levels.
 
-    def __init__(self, config: M2EncoderConfig) -> None:
+    ``layers`` decide whether widths are cut over ranks, ``part`` says which layers are here (m2_ds.model.pipeline).
+    """
+
+    logit_scale: nn.Parameter
+    logit_vl_scale: nn.Parameter
+    logit_bias: nn.Parameter
+    logit_vl_bias: nn.Parameter
+    itc_text_proj: "Head"
+    itc_image_proj: "Head"
+    itc_vl_text_proj: "Head"
+    itc_vl_image_proj: "Head"
+
+    def __init__(self, config: M2EncoderConfig, layers: Layers = WHOLE, part: Part | None = None) -> None:
         super().__init__()
         self.config = config
-        width, embed = config.hidden_size, config.embed_dim
-        # [1] inside because DeepSpeed cannot broadcast 0-dim tensors on CPU; () in the state dict.
-        self.logit_scale = nn.Parameter(torch.zeros(1))
-        self.logit_vl_scale = nn.Parameter(torch.zeros(1))
-        if config.logit_bias:
-            self.logit_bias = nn.Parameter(torch.zeros(1))
-            self.logit_vl_bias = nn.Parameter(torch.zeros(1))
-        self.backbone = Backbone(config)
-        self.backbone_vl = Encoder(config, config.num_vl_layers, first_index=config.num_layers)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pooler = Pooler(width)
-        self.itc_text_proj = Head(width, embed)
-        self.itc_image_proj = Head(width, embed)
-        self.itc_vl_text_proj = Head(width, embed)
-        self.itc_vl_image_proj = Head(width, embed)
+        self.part = part = part or Part.whole(config)
+        width = config.hidden_size
+        self.backbone = Backbone(config, layers, part)
+        numbers = part.layers(config.num_layers, config.num_vl_layers)
+        self.backbone_vl = Encoder(config, layers, numbers, config.num_layers, part.is_last)
+        if part.is_last:
+            # [1] inside because DeepSpeed cannot broadcast 0-dim tensors on CPU; () in the state dict.
+            for name in (*LOGIT_SCALES, *(LOGIT_BIASES if config.logit_bias else ())):
+                self.register_parameter(name, nn.Parameter(torch.zeros(1)))
+            self.norm = nn.LayerNorm(width, eps=1e-6)
+            self.pooler = Pooler(width)
+            for name in HEADS:
+                self.add_module(name, Head(width, config.embed_dim))
         register_canonical_names(self)
 
     # -- one modality ------------------------------------------------------------------------------------------------
@@ -286,10 +218,24 @@ class M2Encoder(nn.Module):
         text_noise: Noise | None = None,
     ) -> tuple[Features, Features, LogitParameters]:
         """Features of pictures and of captions, and what turns their cosines into logits (part of the graph)."""
+        image = self.image_features(images, image_noise)
+        return image, self.text_features(ids, mask, text_noise), self.logit_parameters()
+
+    def logit_parameters(self) -> LogitParameters:
         scale = (self.logit_scale * 1.0, self.logit_vl_scale * 1.0)
         bias = (self.logit_bias * 1.0, self.logit_vl_bias * 1.0) if self.config.logit_bias else None
-        image = self.image_features(images, image_noise)
-        return image, self.text_features(ids, mask, text_noise), LogitParameters(scale, bias)
+        return LogitParameters(scale, bias)
+
+
+def canonical_shapes(config: M2EncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's whole tensors, in their order; nothing is allocated."""
+    with torch.device("meta"):
+        model = M2Encoder(config)
+    return {
+        piece.name: tuple(piece.tensor.shape)
+        for name, parameter in model.named_parameters()
+        for piece in pieces(name, parameter)
+    }
 
 
 def cut_to_longest(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -304,10 +250,15 @@ def cut_to_longest(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return ids[:, :longest], None if shortest == longest else mask[:, :longest].bool()
 
 
+def kept_patches(patches: int, share: float) -> int:
+    """How many of a picture's patches `drop_patches` leaves."""
+    return max(1, round(patches * (1 - share)))
+
+
 def drop_patches(x: Tensor, share: float, noise: Noise) -> Tensor:
     """FLIP (arXiv 2212.00794): keep the class token and a random 1 - ``share`` of the patches, in order."""
     patches = x.shape[1] - 1
-    kept = max(1, round(patches * (1 - share)))
+    kept = kept_patches(patches, share)
     order = noise.uniform(_PATCH_DROP_DECISION, patches).argsort(dim=1)[:, :kept].sort(dim=1).values
     rows = order[..., None].expand(-1, -1, x.shape[2]) + 1
     return torch.cat([x[:, :1], x.gather(1, rows)], dim=1)

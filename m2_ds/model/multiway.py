@@ -1,12 +1,14 @@
 """One M2-Encoder layer: attention and feed-forward with sub-LayerNorms, each weight in two branches (A vision, B text).
 
+Whether its widths are whole on this rank is decided by the `Layers` that it is built from.
+
 Source of every formula: the network of M2-Encoder (arXiv 2401.15896), Magneto's sub-LayerNorm (arXiv 2210.06423).
 Legend: B samples, T tokens, D width, H heads, d = D / H.
 
 ``split`` says which branch a token takes: -1 all A, 0 all B, s > 0 the first s A and the rest B.
 
-Sequences of unequal length may run packed: x is [1, N', D], the real tokens of all samples one after another, and only
-attention sees them padded (`Packing`).
+Sequences may run packed: x is [1, N', D], the tokens of all samples one after another, and only attention sees them as
+[B, T, D] (`Packing`). Then padding can be left out, and tokens can be cut over ranks.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.layers import Layers
 from m2_ds.model.random import Noise
 
 ALL_A, ALL_B = -1, 0
@@ -41,10 +44,6 @@ class Multiway(nn.Module):
         return torch.cat([self.A(x[:, :split]), self.B(x[:, split:])], dim=1)
 
 
-def layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d) + mask) v for q, k, v [B, H, T, d]; ``mask`` boolean (True: may attend) or None.
 
@@ -59,9 +58,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the N real tokens of a padded [B, T] batch lie: ``rows`` int64 [N'] into B T, ``sample`` int64 [N'] into B.
+    """Where the N tokens that run of a [B, T] batch lie: ``rows`` int64 [N'] into B T, ``sample`` int64 [N'] into B.
 
-    ``first`` int64 [B]: where each sample begins among the N'.
+    ``first`` int64 [B]: where each sample begins among the N'. Where tokens are cut over ranks, ``sample`` is of this
+    rank's.
 
     N' is N rounded up, the rest repeating the first token: oneDNN prepares a product anew for every shape that it has
     not seen, which cost 40% of the time and 8 MB a step in bf16 when N was left as it came.
@@ -87,6 +87,14 @@ class Packing:
         lengths = valid.sum(1)
         return cls(rows, rows // valid.shape[1], lengths.cumsum(0) - lengths, len(real), *valid.shape)
 
+    @classmethod
+    def whole(cls, x: Tensor, multiple: int) -> "Packing":
+        """Every token of x [B, T, D]."""
+        (batch, length), device = x.shape[:2], x.device
+        tokens = torch.arange(batch * length, device=device)
+        rows = F.pad(tokens, (0, -len(tokens) % multiple))
+        return cls(rows, rows // length, tokens[::length], len(tokens), batch, length)
+
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [1, N', ...]"""
         return x.flatten(0, 1).index_select(0, self.rows)[None]
@@ -97,31 +105,19 @@ class Packing:
         return out.index_copy(0, self.rows[: self.tokens], x[0, : self.tokens]).unflatten(0, (self.batch, self.length))
 
 
-class QueryKeyValue(nn.Linear):
-    """q, k and v in one product: [..., D] -> [..., 3 D]."""
-
-    def forward(self, x: Tensor, queries: Tensor | None = None) -> Any:
-        """With ``queries`` [..., D]: their q [..., D], and k and v of x [..., 2 D]."""
-        if queries is None:
-            return super().forward(x)
-        width = self.in_features
-        q = F.linear(queries, self.weight[:width], self.bias[:width])
-        return q, F.linear(x, self.weight[width:], self.bias[width:])
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with a LayerNorm over the concatenated heads before the output projection.
 
     q, k and v are one product; the state dict speaks of q_proj, k_proj and v_proj (m2_ds.model.weights).
     """
 
-    def __init__(self, config: M2EncoderConfig) -> None:
+    def __init__(self, config: M2EncoderConfig, layers: Layers) -> None:
         super().__init__()
         width = config.hidden_size
-        self.num_heads = config.num_heads
-        self.qkv_proj = Multiway(lambda: QueryKeyValue(width, 3 * width))
-        self.inner_attn_ln = Multiway(lambda: layer_norm(width))
-        self.out_proj = Multiway(lambda: nn.Linear(width, width))
+        self.head_size = width // config.num_heads
+        self.qkv_proj = Multiway(lambda: layers.query_key_value(width))
+        self.inner_attn_ln = Multiway(lambda: layers.split_norm(width, LAYER_NORM_EPS))
+        self.out_proj = Multiway(lambda: layers.row(width, width))
 
     def forward(
         self,
@@ -146,17 +142,18 @@ class Attention(nn.Module):
         return self.out_proj(self.inner_attn_ln(a, split), split)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        """Of this rank: its share of the width is a share of the heads."""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
     """GELU(x W1) -> LayerNorm over 4 D -> W2."""
 
-    def __init__(self, config: M2EncoderConfig) -> None:
+    def __init__(self, config: M2EncoderConfig, layers: Layers) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.ffn_size)
-        self.ffn_layernorm = layer_norm(config.ffn_size)
-        self.fc2 = nn.Linear(config.ffn_size, config.hidden_size)
+        self.fc1 = layers.column(config.hidden_size, config.ffn_size)
+        self.ffn_layernorm = layers.split_norm(config.ffn_size, LAYER_NORM_EPS)
+        self.fc2 = layers.row(config.ffn_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
@@ -165,16 +162,16 @@ class FeedForward(nn.Module):
 class MultiwayLayer(nn.Module):
     """A pre-norm transformer layer. ``index`` numbers its random decisions, ``drop_path`` is its own rate."""
 
-    def __init__(self, config: M2EncoderConfig, index: int, drop_path: float = 0.0) -> None:
+    def __init__(self, config: M2EncoderConfig, layers: Layers, index: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.index = index
         self.drop_path = drop_path
-        self.self_attn_layer_norm = Multiway(lambda: layer_norm(config.hidden_size))
-        self.self_attn = Attention(config)
-        self.final_layer_norm = Multiway(
-            lambda: layer_norm(config.hidden_size)
-        )  # the pre-FFN norm, in spite of its name
-        self.ffn = Multiway(lambda: FeedForward(config))
+        width = config.hidden_size
+        self.self_attn_layer_norm = Multiway(lambda: layers.norm(width, LAYER_NORM_EPS))
+        self.self_attn = Attention(config, layers)
+        # The pre-FFN norm, in spite of its name.
+        self.final_layer_norm = Multiway(lambda: layers.norm(width, LAYER_NORM_EPS))
+        self.ffn = Multiway(lambda: FeedForward(config, layers))
 
     def forward(
         self,

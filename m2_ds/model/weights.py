@@ -1,19 +1,24 @@
 """Names, initial values and loading of weights.
 
 The state dict speaks the release's names. Inside, q, k, v of a branch are one parameter, and logit scales are [1];
-`to_canonical` and `from_canonical` are the only places that know.
+`to_canonical` and `from_canonical` are the only places that know. A rank may hold a part of the layers and a piece of a
+weight (`Split`): `pieces` says which canonical tensors, or what of them, an inner parameter holds, and every way in or
+out of a model goes through it.
 """
 
+import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from m2_ds.model.config import M2EncoderConfig
+from m2_ds.parallel.split import Split, split_of
 
 _FUSED = ".qkv_proj."
 _PARTS = (".q_proj.", ".k_proj.", ".v_proj.")
@@ -21,7 +26,7 @@ LOGIT_SCALES = ("logit_scale", "logit_vl_scale")
 LOGIT_BIASES = ("logit_bias", "logit_vl_bias")
 _SCALARS = LOGIT_SCALES + LOGIT_BIASES
 VISION_POSITIONS = "backbone.encoder.embed_positions.A.weight"
-_ROWS_BEFORE_PATCHES = 3  # two unused rows and the class token's
+_TABLES = ("text_embed.weight", "embed_positions.A.weight", "embed_positions.B.weight")
 
 
 def to_canonical(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -33,6 +38,46 @@ def to_canonical(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.reshape(())
     else:
         yield name, tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A canonical tensor, or what this rank holds of it."""
+
+    name: str
+    tensor: Tensor
+    split: Split | None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        shape = tuple(self.tensor.shape)
+        return shape if self.split is None else self.split.whole_shape(shape)
+
+
+def pieces(name: str, parameter: nn.Parameter, tensor: Tensor | None = None) -> Iterator[Piece]:
+    """Of an inner parameter, or of a ``tensor`` of its shape (an optimizer's state, a gradient)."""
+    for canonical, piece in to_canonical(name, parameter if tensor is None else tensor):
+        yield Piece(canonical, piece, split_of(parameter))
+
+
+def fill(
+    model: nn.Module,
+    value: Callable[[Piece], Tensor],
+    opened: Callable[[nn.Parameter], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+) -> None:
+    """Copy ``value`` (of the piece's shape, filling left out) into every piece of every parameter.
+
+    ``opened``: a context in which a parameter's own tensor is all there.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            with opened(parameter):
+                for piece in pieces(name, parameter):
+                    target = piece.tensor
+                    if piece.split is not None:
+                        target.zero_()
+                        target = piece.split.filled(target)
+                    target.copy_(value(piece))
 
 
 def canonical_names(name: str) -> list[str]:
@@ -76,30 +121,39 @@ def register_canonical_names(model: nn.Module) -> None:
 # -- initial values ---------------------------------------------------------------------------------------------------
 
 
-def init_weights(model: nn.Module, config: M2EncoderConfig, seed: int) -> None:
+def init_weights(
+    model: nn.Module,
+    config: M2EncoderConfig,
+    seed: int,
+    opened: Callable[[nn.Parameter], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+) -> None:
     """Fill every parameter as the reference does when it builds a model.
 
-    Each canonical tensor is drawn by a generator of its own, seeded by (seed, name): the values do not depend on the
-    order of construction, so any parallel layout can draw the same ones.
+    Each canonical tensor is drawn whole, by a generator of its own, seeded by (seed, name), and a rank keeps its piece:
+    the values depend neither on the order of construction nor on the layout. ``opened`` as in `fill`.
     (torch's CPU generator reads 32 bits of a seed: hence a checksum of both.)
     """
     fan_ins = _fan_ins(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            for canonical, piece in to_canonical(name, parameter):
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{canonical}".encode()))
-                value = torch.empty(piece.shape, dtype=torch.float32)
-                _initialiser(canonical, config, fan_ins.get(name, 0))(value, generator)
-                piece.copy_(value)
+
+    def draw(piece: Piece) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{piece.name}".encode()))
+        value = torch.empty(piece.whole_shape, dtype=torch.float32)
+        _initialiser(piece.name, config, fan_ins.get(piece.name, 0))(value, generator)
+        return value if piece.split is None else piece.split.of(value)
+
+    fill(model, draw, opened)
 
 
 def _fan_ins(model: nn.Module) -> dict[str, int]:
-    """Inputs of one output unit, by name of weight and bias of every linear map and convolution."""
+    """Inputs of one output unit, by canonical name of weight and bias of every linear map and convolution."""
     found = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            found[f"{prefix}.weight"] = found[f"{prefix}.bias"] = fan_in
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's partitioned parameters are empty
+        if name.endswith(".weight") and len(shape) > 1 and not name.endswith(_TABLES):
+            whole = split_of(parameter)
+            fan_in = math.prod(whole.whole_shape(tuple(shape))[1:] if whole else shape[1:])
+            for canonical in canonical_names(name):
+                found[canonical] = found[canonical.removesuffix("weight") + "bias"] = fan_in
     return found
 
 
@@ -141,66 +195,3 @@ def freeze_unused(model: nn.Module) -> list[str]:
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
-
-
-# -- loading ----------------------------------------------------------------------------------------------------------
-
-
-def resize_positions(table: Tensor, num_patches: int) -> Tensor:
-    """A vision position table [n + 3, D] for another square grid, [num_patches + 3, D], by area interpolation in fp32.
-
-    Smaller and larger tables are both resized (the reference cuts larger ones).
-    """
-    if table.shape[0] == num_patches + _ROWS_BEFORE_PATCHES:
-        return table
-    head, patches = table[:_ROWS_BEFORE_PATCHES], table[_ROWS_BEFORE_PATCHES:]
-    old, new = math.isqrt(max(len(patches), 0)), math.isqrt(num_patches)
-    if old * old != len(patches) or old == 0:
-        raise ValueError(
-            f"a vision position table of {len(table)} rows holds {len(patches)} patches, which is no square grid; "
-            "it cannot be resized"
-        )
-    grid = patches.float().T.reshape(1, -1, old, old)
-    resized = F.interpolate(grid, size=(new, new), mode="area")[0].flatten(1).T.to(table.dtype)
-    return torch.cat([head, resized])
-
-
-def load_weights(
-    model: nn.Module,
-    config: M2EncoderConfig,
-    state: Mapping[str, Tensor],
-    where: str,
-    tell: Callable[[str], object] = print,
-) -> None:
-    """Load a canonical state dict, resizing vision positions where the grid differs (and saying so through ``tell``).
-
-    ``where`` names the file in errors. Raises ValueError with every missing and unexpected name, or every wrong shape.
-    """
-    expected = {canonical: t.shape for n, p in model.named_parameters() for canonical, t in to_canonical(n, p)}
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{where} does not hold the weights of this model.\n"
-            f"  missing ({len(missing)}): {_some(missing)}\n  unexpected ({len(unexpected)}): {_some(unexpected)}\n"
-            "Check that the configuration belongs to the checkpoint (layers, stem) and that names carry no prefix."
-        )
-    state = dict(state)
-    positions = state[VISION_POSITIONS]
-    if len(positions) != len(model.get_parameter(VISION_POSITIONS)):
-        state[VISION_POSITIONS] = resize_positions(positions, config.num_patches)
-        tell(
-            f"{where}: vision position table resized from {len(positions)} to {len(state[VISION_POSITIONS])} rows "
-            f"for {config.image_size} px pictures in {config.patch_size} px patches"
-        )
-    wrong = [f"{n} is {list(state[n].shape)}, not {list(s)}" for n, s in expected.items() if state[n].shape != s]
-    if wrong:
-        raise ValueError(
-            f"{where}: {len(wrong)} tensors have another shape than the model: {_some(wrong)}.\n"
-            "Check hidden_size, embed_dim, vocab_size and num_heads of the configuration."
-        )
-    model.load_state_dict(state)
-
-
-def _some(names: Iterable[str], limit: int = 40) -> str:
-    names = list(names)
-    return (", ".join(names[:limit]) + (f", ... {len(names) - limit} more" if len(names) > limit else "")) or "none"

@@ -62,6 +62,62 @@ def all_reduce_sum(x: Tensor, group: Group, kind: str) -> Tensor:
     return out
 
 
+class Reducing:
+    """An all-reduce under way, into the tensor that was given."""
+
+    def __init__(self, work: Any, group: Group, kind: str) -> None:
+        self.work, self.group, self.kind = work, group, kind
+
+    def wait(self) -> None:
+        """On a GPU only the current stream waits, not the host."""
+        if self.work is not None:
+            with _told(self.group, f"all-reduce of {self.kind}"), self.group.traffic.sending(self.kind, 0):
+                self.work.wait()
+            self.work = None
+
+
+def start_all_reduce(x: Tensor, group: Group, kind: str) -> Reducing:
+    """Begin to sum a contiguous ``x`` over ranks, in place. Carries no gradient."""
+    if group.size == 1:
+        return Reducing(None, group, kind)
+    sent = 2 * (group.size - 1) / group.size * size_of(x)
+    with _told(group, f"all-reduce of {kind}"), group.traffic.sending(kind, sent):
+        work = dist.all_reduce(x, group=group.process_group, async_op=True)
+    return Reducing(work, group, kind)
+
+
+def reduce_scatter_rows(x: Tensor, group: Group, kind: str) -> Tensor:
+    """Rank i's share of the sum over ranks: the i-th [n / size, ...] of ``x`` [n, ...]. Carries no gradient."""
+    if group.size == 1:
+        return x
+    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    sent = (group.size - 1) / group.size * size_of(x)
+    with _told(group, f"reduce-scatter of {kind}"), group.traffic.sending(kind, sent):
+        dist.reduce_scatter_tensor(out, x, group=group.process_group)
+    return out
+
+
+def broadcast(x: Tensor, group: Group, first: int, kind: str) -> Tensor:
+    """Overwrite ``x`` with that of the rank at place ``first`` of the group."""
+    if group.size > 1:
+        sent = (group.size - 1) / group.size * size_of(x)
+        with _told(group, f"broadcast of {kind}"), group.traffic.sending(kind, sent):
+            dist.broadcast(x, group=group.process_group, group_src=first)
+    return x
+
+
+def send(x: Tensor, to: int, group: Group, kind: str) -> None:
+    """To the rank at place ``to`` of the group, which must `receive`."""
+    with _told(group, f"send of {kind}"), group.traffic.sending(kind, size_of(x)):
+        dist.send(x.contiguous(), group=group.process_group, group_dst=to)
+
+
+def receive(out: Tensor, sender: int, group: Group, kind: str) -> Tensor:
+    with _told(group, f"receive of {kind}"), group.traffic.sending(kind, 0):
+        dist.recv(out, group=group.process_group, group_src=sender)
+    return out
+
+
 def barrier(group: Group) -> None:
     if group.size > 1:
         with _told(group, "barrier"):
@@ -95,3 +151,14 @@ def _told(group: Group, what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(f"{what} in {group.name}: {error}") from error
+
+
+def gather(x: Tensor, group: Group, kind: str) -> list[Tensor] | None:
+    """Equal-shaped tensors of all ranks, in rank order, on the first of them; None on the others."""
+    if group.size == 1:
+        return [x]
+    out = [x.new_empty(x.shape) for _ in range(group.size)] if group.is_first else None
+    sent = (group.size - 1) / group.size * size_of(x)
+    with _told(group, f"gather of {kind}"), group.traffic.sending(kind, sent):
+        dist.gather(x.contiguous(), out, group=group.process_group, group_dst=0)
+    return out

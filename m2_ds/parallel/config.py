@@ -1,5 +1,6 @@
-"""Which ranks form a contrast group: the ranks over which the contrastive loss aggregates its negatives."""
+"""How ranks are laid out: tensor, data and pipeline parallel, and which data-parallel ones form a contrast group."""
 
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -29,9 +30,67 @@ class ContrastGroupConfig(Settings):
 
 
 class ParallelConfig(Settings):
-    """How the ranks are laid out."""
+    """How the ranks are laid out. What is left after tensor and pipeline parallelism is data-parallel."""
 
+    tensor_parallel_size: int = Field(1, ge=1, description="ranks over which heads and widths of a layer are cut")
+    pipeline_parallel_size: int = Field(1, ge=1, description="stages into which the layers are cut")
+    pipeline_balance: Literal["arithmetic", "memory"] = Field(
+        "arithmetic",
+        description="what the stages have as equal shares of as layers allow: counted operations, or state",
+    )
+    pipeline_layers: list[int] | None = Field(
+        None, description="layers of each stage, where they were measured; None: by pipeline_balance"
+    )
+    sequence_parallel: bool = Field(
+        False,
+        description="cut the tokens of norms and residuals over the tensor-parallel ranks, too: activations there take "
+        "1/tensor_parallel_size of the memory, and a layer sends 1.25 times as much",
+    )
     contrast_group: ContrastGroupConfig = ContrastGroupConfig()
+
+    @model_validator(mode="after")
+    def _something_to_cut_over(self) -> Self:
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_parallel_size > 1: it cuts tokens over those ranks")
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.pipeline_parallel_size:
+            raise ValueError(
+                f"pipeline_layers names {len(self.pipeline_layers)} stages, pipeline_parallel_size is "
+                f"{self.pipeline_parallel_size}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the three axes and the rank order: tensor fastest, then data, then pipeline (tp-dp-pp).
+
+    It is Megatron-core's default order and DeepSpeed's ``PipeModelDataParallelTopology``: neighbouring ranks, on the
+    fastest links, share layers; stages lie farthest apart.
+    """
+
+    tensor: int
+    data: int
+    pipeline: int
+
+    @classmethod
+    def of(cls, config: ParallelConfig, world_size: int) -> "Layout":
+        """Raises ValueError where the sizes do not divide the ranks."""
+        tensor, pipeline = config.tensor_parallel_size, config.pipeline_parallel_size
+        data, rest = divmod(world_size, tensor * pipeline)
+        if rest or not data:
+            raise ValueError(
+                f"parallel.tensor_parallel_size {tensor} x parallel.pipeline_parallel_size {pipeline} does not divide "
+                f"{world_size} rank(s); start a multiple of {tensor * pipeline}, or set sizes whose product is one of "
+                f"{_divisors(world_size)}"
+            )
+        return cls(tensor, data, pipeline)
+
+    def rank(self, tensor: int, data: int, stage: int) -> int:
+        return (stage * self.data + data) * self.tensor + tensor
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(tensor, data, stage) coordinates of a rank."""
+        return rank % self.tensor, rank // self.tensor % self.data, rank // (self.tensor * self.data)
 
 
 def contrast_groups(ranks: int, config: ContrastGroupConfig, nodes: list[str]) -> list[list[int]]:

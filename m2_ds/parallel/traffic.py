@@ -35,6 +35,15 @@ class Traffic:
             self.bytes[kind] += sent
             self.seconds[kind] += time.perf_counter() - started
 
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Forget what is sent inside."""
+        before = dict(self.bytes), dict(self.seconds)
+        yield
+        for counter, kept in zip((self.bytes, self.seconds), before):
+            counter.clear()
+            counter.update(kept)
+
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
         """(bytes, seconds) by kind; counting starts anew."""
         found = dict(self.bytes), dict(self.seconds)
@@ -61,6 +70,7 @@ _METHODS: dict[str, tuple[int, str, Callable[[int], float], str]] = {
     "all_gather": (1, "tensor", lambda n: 1, "parameters"),
     "all_gather_coalesced": (1, "input_tensors", lambda n: 1, "parameters"),
     "broadcast": (0, "tensor", lambda n: 1 / n, "parameters"),
+    "send": (0, "tensor", lambda n: 1 / (n - 1), "pipeline"),
 }
 
 

@@ -15,7 +15,7 @@ def make(folder: Path, step: int) -> Path:
     checkpoint = folder / f"step-{step:08}"
     contents = {
         "model/model.safetensors": b"weights" * 99,
-        "engine/state/a.pt": b"optimizer" * 99,
+        "optimizer/exp_avg/model.safetensors": b"optimizer" * 99,
         "state.json": b'{"step": 1}',
     }
     for name, content in contents.items():
@@ -41,7 +41,7 @@ def test_the_newest_is_taken(tmp_path: Path) -> None:
     assert sorted(checkpoint_steps(tmp_path)) == [900, 10_000, 123_456_789]
 
 
-@pytest.mark.parametrize("name", ["model/model.safetensors", "engine/state/a.pt", "state.json"])
+@pytest.mark.parametrize("name", ["model/model.safetensors", "optimizer/exp_avg/model.safetensors", "state.json"])
 @pytest.mark.parametrize(("damage", "reason"), [(flip, "damaged"), (cut, "damaged"), (Path.unlink, "missing")])
 def test_a_damaged_one_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None], reason: str
@@ -66,15 +66,15 @@ def test_a_damaged_list_of_checksums_is_no_checkpoint(tmp_path: Path, content: b
 
 def test_a_folder_in_the_place_of_a_file_is_told(tmp_path: Path) -> None:
     bad = make(tmp_path, 4)
-    (bad / "engine/state/a.pt").unlink()
-    (bad / "engine/state/a.pt").mkdir()
-    with pytest.raises(ValueError, match=r"a\.pt is missing"):
+    (bad / "optimizer/exp_avg/model.safetensors").unlink()
+    (bad / "optimizer/exp_avg/model.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"exp_avg/model\.safetensors is missing"):
         verify(bad)
 
 
 def test_a_part_can_be_verified_alone(tmp_path: Path) -> None:
     bad = make(tmp_path, 4)
-    flip(bad / "engine/state/a.pt")
+    flip(bad / "optimizer/exp_avg/model.safetensors")
     verify(bad, part="model/")
     assert newest_good(tmp_path, part="model/") == bad
     assert newest_good(tmp_path) is None

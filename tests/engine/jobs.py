@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m2_ds.config import RunConfig
 from m2_ds.convert.canonical import read_weights
+from m2_ds.parallel.config import ParallelConfig
 from m2_ds.parallel.mesh import Mesh
 
 # Of a log line, what two runs of the same settings must agree on; the rest is time and memory.
@@ -60,6 +61,15 @@ def stopped_after(steps: int | None) -> Iterator[None]:
         ContrastiveStep.__call__ = original  # type: ignore[method-assign]
 
 
+def train_for(mesh: Mesh, trees: Sequence[dict[str, Any]], steps: int | None) -> list[str | None]:
+    """Each run with an end after ``steps`` of its own steps."""
+    found = []
+    for tree in trees:
+        with stopped_after(steps):
+            found.append(attempt(mesh, tree))
+    return found
+
+
 def interrupt_and_go_on(mesh: Mesh, trees: Sequence[dict[str, Any]], steps: int) -> list[list[str | None]]:
     """Each run once with an end after ``steps`` steps, then again to its own end; the errors of both parts."""
     found = []
@@ -70,37 +80,40 @@ def interrupt_and_go_on(mesh: Mesh, trees: Sequence[dict[str, Any]], steps: int)
     return found
 
 
-def same(a: Any, b: Any, where: str = "") -> str | None:
-    """None where two unpickled structures are equal to the bit, else the place of the first difference."""
-    if type(a) is not type(b):
-        return f"{where}: {type(a).__name__} and {type(b).__name__}"
-    if isinstance(a, Tensor):
-        return None if a.dtype == b.dtype and torch.equal(a, b) else f"{where}: tensors differ"
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return f"{where}: other keys"
-        return next((d for key in a if (d := same(a[key], b[key], f"{where}.{key}"))), None)
-    if isinstance(a, list | tuple):
-        if len(a) != len(b):
-            return f"{where}: other lengths"
-        return next((d for i, (x, y) in enumerate(zip(a, b)) if (d := same(x, y, f"{where}.{i}"))), None)
-    if type(a).__eq__ is object.__eq__:  # DeepSpeed's own small objects
-        return same(vars(a), vars(b), where) if hasattr(a, "__dict__") else None
-    return None if a == b else f"{where}: {a!r} and {b!r}"
+def same(mine: dict[str, Tensor], yours: dict[str, Tensor]) -> str | None:
+    """None where tensors are equal to the bit, else the name of the first that differs."""
+    if mine.keys() != yours.keys():
+        return f"other names: {sorted(mine.keys() ^ yours.keys())}"
+    return next((n for n, x in mine.items() if x.dtype != yours[n].dtype or not torch.equal(x, yours[n])), None)
+
+
+def parts(checkpoint: Path) -> list[str]:
+    """The weights and every kind of optimizer state."""
+    return ["model", *sorted(f"optimizer/{path.name}" for path in (checkpoint / "optimizer").iterdir())]
 
 
 def compare_checkpoints(one: Path, other: Path) -> None:
-    """Weights and DeepSpeed's state (optimizer, schedule) are the same to the bit."""
-    mine, yours = read_weights(one / "model"), read_weights(other / "model")
-    assert (difference := same(mine, yours)) is None, difference
-    files = sorted(path.relative_to(one) for path in (one / "engine").rglob("*.pt"))
-    assert files and files == sorted(path.relative_to(other) for path in (other / "engine").rglob("*.pt"))
-    for file in files:
-        loaded = [torch.load(folder / file, weights_only=False) for folder in (one, other)]
-        for content in loaded:
-            # ZeRO-3 leaves the padding behind a partition as it finds it; the weights themselves were compared above.
-            content.get("optimizer_state_dict", {}).pop("fp32_flat_groups", None)
-        assert (difference := same(*loaded, str(file))) is None, difference
+    """Weights, optimizer state and its step are the same to the bit."""
+    assert parts(one) == parts(other) and len(parts(one)) > 1
+    for part in parts(one):
+        assert (name := same(read_weights(one / part), read_weights(other / part))) is None, f"{part}: {name}"
+    mine, yours = (json.loads((folder / "state.json").read_text()) for folder in (one, other))
+    assert {**mine, "layout": None} == {**yours, "layout": None}
+
+
+def write_again(mesh: Mesh, trees: Sequence[dict[str, Any]]) -> list[str | None]:
+    """Each run restored from its newest checkpoint, which it writes anew at once: nothing is trained in between."""
+    from m2_ds.engine import checkpoint
+    from m2_ds.engine.trainer import Trainer
+
+    original = Trainer.run
+    Trainer.run = lambda self, start: checkpoint.save(  # type: ignore[method-assign, assignment]
+        self.engine, self.model, start, self.config, self.tokenizer, self.mesh
+    )
+    try:
+        return train_all(mesh, trees)
+    finally:
+        Trainer.run = original  # type: ignore[method-assign]
 
 
 def train_all(mesh: Mesh, trees: Sequence[dict[str, Any]]) -> list[str | None]:
@@ -109,10 +122,12 @@ def train_all(mesh: Mesh, trees: Sequence[dict[str, Any]]) -> list[str | None]:
 
 
 def attempt(mesh: Mesh, tree: dict[str, Any]) -> str | None:
+    """One run, with its ranks laid out as it asks; the error as text."""
     from m2_ds.train import run
 
+    config = config_of(tree)
     try:
-        run(config_of(tree), mesh)
+        run(config, mesh if config.parallel == ParallelConfig() else mesh.with_layout(config.parallel))
     except Exception as error:
         return f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     return None

@@ -92,7 +92,7 @@ def test_groups_and_micro_batches_by_the_launcher(tree: dict[str, Any], tmp_path
     settings = {"micro_batch": 4, "parallel.contrast_group": {"size": 1}, "log.every": 2}
     code, output = start("deepspeed", "m2_ds.train", changed(tree, settings), tmp_path / "run")
     assert code == 0, output
-    assert "contrast: 2 group(s) of 1 rank(s), contiguous, over gloo" in output
+    assert "contrast: 2 group(s) of 1 data-parallel rank(s), contiguous, over gloo" in output
     line = log_lines(tmp_path / "run")[-1]
     assert line["contrastive_batch"] == 8 and line["seconds/recompute"] > 0
     assert line["sent_mb/gradients"] > 0 and "sent_mb/features" not in line

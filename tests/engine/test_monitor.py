@@ -14,7 +14,7 @@ from m2_ds.config import load_config
 from m2_ds.data.stream import build_loader
 from m2_ds.data.text import load_tokenizer
 from m2_ds.engine.monitor import _forget_after
-from m2_ds.engine.step import PHASES
+from m2_ds.engine.passes import PHASES
 from m2_ds.parallel.mesh import Mesh
 from m2_ds.train import run
 from tests.engine.jobs import Interrupted, changed, config_of, curve, log_lines, stopped_after

@@ -12,7 +12,7 @@ from tests.support.ranks import run_ranks
 
 # ZeRO-3 last: it puts a linear layer of its own (another order of sums) into torch, for good.
 CASES = ["zero0", "zero1", "zero2", "zero0-bf16", "zero1-bf16", "zero2_offload-bf16", "zero0-muon", "zero0-muon-bf16"]
-CASES += ["zero3", "zero3-bf16"]
+CASES += ["zero3", "zero3-bf16", "zero3_offload-bf16"]
 
 
 def job(mesh: Mesh, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[Any]:
@@ -64,4 +64,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(folders: Path, name: st
 def test_a_checkpoint_says_where_the_run_stands(folders: Path) -> None:
     state = json.loads((folders / "zero2/stopped/checkpoints/step-00000004/state.json").read_text())
     assert state["step"] == 4 and state["samples"] == 64
-    assert state["layout"] == {"data_parallel": 2, "zero_stage": 2}
+    assert state["updates"] == 4
+    sizes = {"tensor_parallel": 1, "data_parallel": 2, "pipeline_parallel": 1}
+    assert state["layout"] == {**sizes, "zero_stage": 2, "contrast_groups": 1}

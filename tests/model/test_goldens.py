@@ -15,7 +15,8 @@ from m2_ds.api import Processor
 from m2_ds.convert.release import read_release
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.encoder import M2Encoder
-from m2_ds.model.weights import load_weights
+from m2_ds.model.layers import WHOLE, Layers
+from m2_ds.model.loading import load_weights
 
 GOLDENS = Path(__file__).parents[1] / "fixtures" / "goldens"
 HIDDEN, EMBEDDING, EXACT = {"atol": 1e-4, "rtol": 0}, {"atol": 5e-6, "rtol": 0}, {"atol": 1e-10, "rtol": 0}
@@ -25,9 +26,12 @@ def config_of(variant: str) -> M2EncoderConfig:
     return M2EncoderConfig.from_release(json.loads((GOLDENS / variant / "config.json").read_text()))
 
 
-def build(variant: str, dtype: torch.dtype) -> M2Encoder:
-    config = config_of(variant)
-    model = M2Encoder(config).to(dtype).eval()
+def build(variant: str, dtype: torch.dtype, layers: Layers = WHOLE) -> M2Encoder:
+    return loaded(M2Encoder(config_of(variant), layers).to(dtype).eval(), variant)
+
+
+def loaded(model: M2Encoder, variant: str) -> M2Encoder:
+    config = model.config
     if variant == "variant_a":
         state = load_file(GOLDENS / variant / "weights.safetensors")
     else:  # of the large token table only the rows in use were kept
@@ -46,7 +50,10 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 @torch.no_grad()
 def test_embeddings_fp32(variant: str) -> None:
-    model = build(variant, torch.float32)
+    check_embeddings(variant, build(variant, torch.float32))
+
+
+def check_embeddings(variant: str, model: M2Encoder) -> None:
     inputs, want = (
         load_file(GOLDENS / variant / "inputs.safetensors"),
         load_file(GOLDENS / variant / "outputs.safetensors"),
@@ -72,7 +79,7 @@ def test_hidden_states_fp32() -> None:
     )
     seen = {}
     for stack, name in ((model.backbone.encoder, "backbone"), (model.backbone_vl, "vl")):
-        for i, layer in enumerate(stack.layers):
+        for i, layer in stack.layers.items():
             layer.register_forward_hook(lambda m, a, out, key=f"{name}.layer_{i}": seen.__setitem__(key, out))
             layer.self_attn.register_forward_hook(
                 lambda m, a, out, key=f"{name}.layer_{i}.self_attn": seen.__setitem__(key, out)
@@ -121,7 +128,10 @@ def test_everything_fp64() -> None:
 
 @torch.no_grad()
 def test_joint_paths() -> None:
-    model = build("variant_a", torch.float32)
+    check_joint_paths(build("variant_a", torch.float32))
+
+
+def check_joint_paths(model: M2Encoder) -> None:
     inputs = load_file(GOLDENS / "variant_a/inputs.safetensors")
     want = load_file(GOLDENS / "variant_a/outputs_joint_extra.safetensors")
     n = len(inputs["image"])

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from m2_ds.model.config import PRESETS, M2EncoderConfig
 from m2_ds.model.encoder import M2Encoder
-from m2_ds.model.weights import VISION_POSITIONS, freeze_unused, init_weights, load_weights, resize_positions
+from m2_ds.model.loading import load_weights, resize_positions
+from m2_ds.model.weights import VISION_POSITIONS, freeze_unused, init_weights
 
 POS = Path(__file__).parents[1] / "fixtures" / "goldens" / "pos_embed"
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from m2_ds.parallel.collectives import all_gather_objects, all_gather_rows, all_reduce_sum, start_all_gather
-from m2_ds.parallel.config import ContrastGroupConfig, contrast_groups
+from m2_ds.parallel.config import ContrastGroupConfig, ParallelConfig, contrast_groups
 from m2_ds.parallel.mesh import Mesh
 from tests.support.ranks import run_ranks
 
@@ -95,7 +95,7 @@ def test_bytes_are_counted_as_a_ring_sends_them() -> None:
 
 
 def one_does_not_come(mesh: Mesh) -> str:
-    here = mesh.with_contrast_group(ContrastGroupConfig(size=2), timeout_minutes=0.05)
+    here = mesh.with_layout(ParallelConfig(contrast_group=ContrastGroupConfig(size=2)), timeout_minutes=0.05)
     message = ""
     if mesh.rank != 3:
         try:

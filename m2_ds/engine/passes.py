@@ -1,0 +1,124 @@
+"""How the two passes of a step run: forward for features, backward from their gradients.
+
+Legend: k micro-batches, b pairs of one, C captions a picture, n = C b captions, N loss levels, E embedding.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from m2_ds.engine.clock import Clock
+from m2_ds.model.encoder import Features, LogitParameters
+from m2_ds.model.random import Noise
+
+PHASES = ("forward", "exchange", "loss", "recompute", "backward", "update", "pipe")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of a micro-batch: ``images`` [b, 3, S, S], ``ids`` and ``mask`` [n, L], noise where anything is random."""
+
+    images: Tensor
+    ids: Tensor
+    mask: Tensor
+    image_noise: Noise | None
+    text_noise: Noise | None
+    captions: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """``features``: by level, pictures and then each set of captions, [b, E]; the logits' ``scales``, ``biases`` [1].
+
+    Or their gradients.
+    """
+
+    features: list[Tensor]
+    scales: list[Tensor]
+    biases: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, image: Features, text: Features, logits: LogitParameters, levels: Sequence[int], captions: int
+    ) -> "Forward":
+        """From what the model gives, at the ``levels`` that the loss looks at."""
+        features = []
+        for level in levels:
+            features += [image[level], *text[level].unflatten(0, (captions, -1))]
+        biases = [] if logits.bias is None else [logits.bias[level] for level in levels]
+        return cls(features, [logits.scale[level] for level in levels], biases)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.features, *self.scales, *self.biases]
+
+
+def surrogate(outputs: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tensor:
+    """A number whose gradients by ``outputs`` are the given ones."""
+    return torch.stack([torch.sum(x.to(g.dtype) * g) for x, g in zip(outputs, gradients)]).sum()
+
+
+class Passes(Protocol):
+    def forward(self, inputs: Sequence[Inputs]) -> Iterator[Forward]:
+        """Pass 1: features of one micro-batch after another; nothing on ranks that do not end with them."""
+
+    def backward(self, inputs: Sequence[Inputs], gradients: Sequence[Forward] | None) -> Tensor | float | None:
+        """Pass 2 and the update; the norm of the gradient before clipping. ``gradients``: None where there is no loss.
+
+        The sum over micro-batches of what they give is the gradient already.
+        """
+
+
+class EnginePasses:
+    """Under a plain engine. The last ``kept_graphs`` micro-batches keep their graphs from pass 1 to pass 2; the others
+    are computed again. With one micro-batch this is a plain forward and backward."""
+
+    def __init__(self, engine: Any, clock: Clock, levels: list[int], accumulation: int, kept_graphs: int) -> None:
+        self.engine, self.clock, self.levels, self.kept_graphs = engine, clock, levels, kept_graphs
+        self.coalesce = engine.gradient_accumulation_steps() < accumulation
+        # Without ZeRO or bf16 the engine keeps no gradient norm.
+        self.plain = engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+        self._graphs: list[Forward | None] = []
+
+    def forward(self, inputs: Sequence[Inputs]) -> Iterator[Forward]:
+        kept_from = max(0, len(inputs) - self.kept_graphs)
+        self._graphs = []
+        for number, micro_batch in enumerate(inputs):
+            with self.clock("forward"), torch.set_grad_enabled(number >= kept_from):
+                out = self._features(micro_batch)
+            self._graphs.append(out if number >= kept_from else None)
+            yield out
+
+    def backward(self, inputs: Sequence[Inputs], gradients: Sequence[Forward] | None) -> Tensor | float | None:
+        assert gradients is not None
+        graphs = self._graphs
+        kept = [number for number, graph in enumerate(graphs) if graph is not None]
+        order = [*reversed(kept), *(number for number, graph in enumerate(graphs) if graph is None)]
+        once = self.engine.coalesce_grad_reduction() if self.coalesce else contextlib.nullcontext()
+        with once:
+            for place, number in enumerate(order):
+                out, graphs[number] = graphs[number], None
+                if out is None:
+                    with self.clock("recompute"):
+                        out = self._features(inputs[number])
+                with self.clock("backward"):
+                    self.engine.backward(surrogate(out.tensors(), gradients[number].tensors()), scale_wrt_gas=False)
+                del out
+                if place < len(order) - 1 and not self.coalesce:
+                    self.engine.step()
+        with self.clock("update"):
+            norm = self._plain_norm() if self.plain else None
+            self.engine.step()
+        return self.engine.get_global_grad_norm() if norm is None else norm
+
+    def _features(self, micro_batch: Inputs) -> Forward:
+        image, text, logits = self.engine(
+            micro_batch.images, micro_batch.ids, micro_batch.mask, micro_batch.image_noise, micro_batch.text_noise
+        )
+        return Forward.of(image, text, logits, self.levels, micro_batch.captions)
+
+    def _plain_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])

@@ -1,0 +1,78 @@
+"""Loading a canonical state dict into a model, whole or a part of one."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.encoder import canonical_shapes
+from m2_ds.model.weights import VISION_POSITIONS, fill
+
+_ROWS_BEFORE_PATCHES = 3  # two unused rows and the class token's
+
+
+def resize_positions(table: Tensor, num_patches: int) -> Tensor:
+    """A vision position table [n + 3, D] for another square grid, [num_patches + 3, D], by area interpolation in fp32.
+
+    Smaller and larger tables are both resized (the reference cuts larger ones).
+    """
+    if table.shape[0] == num_patches + _ROWS_BEFORE_PATCHES:
+        return table
+    head, patches = table[:_ROWS_BEFORE_PATCHES], table[_ROWS_BEFORE_PATCHES:]
+    old, new = math.isqrt(max(len(patches), 0)), math.isqrt(num_patches)
+    if old * old != len(patches) or old == 0:
+        raise ValueError(
+            f"a vision position table of {len(table)} rows holds {len(patches)} patches, which is no square grid; "
+            "it cannot be resized"
+        )
+    grid = patches.float().T.reshape(1, -1, old, old)
+    resized = F.interpolate(grid, size=(new, new), mode="area")[0].flatten(1).T.to(table.dtype)
+    return torch.cat([head, resized])
+
+
+def load_weights(
+    model: nn.Module,
+    config: M2EncoderConfig,
+    state: Mapping[str, Tensor],
+    where: str,
+    tell: Callable[[str], object] = print,
+    opened: Callable[[nn.Parameter], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+) -> None:
+    """Load a canonical state dict, resizing vision positions where the grid differs (and saying so through ``tell``).
+
+    A rank copies the pieces that it holds, so of memory-mapped tensors it reads no more. ``where`` names the file in
+    errors; ``opened`` as in `fill`. Raises ValueError with every missing and unexpected name, or every wrong shape.
+    """
+    expected = canonical_shapes(config)
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{where} does not hold the weights of this model.\n"
+            f"  missing ({len(missing)}): {_some(missing)}\n  unexpected ({len(unexpected)}): {_some(unexpected)}\n"
+            "Check that the configuration belongs to the checkpoint (layers, stem) and that names carry no prefix."
+        )
+    state = dict(state)
+    positions = state[VISION_POSITIONS]
+    if len(positions) != expected[VISION_POSITIONS][0]:
+        state[VISION_POSITIONS] = resize_positions(positions, config.num_patches)
+        tell(
+            f"{where}: vision position table resized from {len(positions)} to {len(state[VISION_POSITIONS])} rows "
+            f"for {config.image_size} px pictures in {config.patch_size} px patches"
+        )
+    wrong = [f"{n} is {list(state[n].shape)}, not {list(s)}" for n, s in expected.items() if state[n].shape != s]
+    if wrong:
+        raise ValueError(
+            f"{where}: {len(wrong)} tensors have another shape than the model: {_some(wrong)}.\n"
+            "Check hidden_size, embed_dim, vocab_size and num_heads of the configuration."
+        )
+    fill(model, lambda piece: piece.split.of(state[piece.name]) if piece.split else state[piece.name], opened)
+
+
+def _some(names: Iterable[str], limit: int = 40) -> str:
+    names = list(names)
+    return (", ".join(names[:limit]) + (f", ... {len(names) - limit} more" if len(names) > limit else "")) or "none"

@@ -1,0 +1,53 @@
+"""The goldens' model with a small tokenizer beside it, as the release's files and as a folder for transformers."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from m2_ds import cli
+from m2_ds.data.text import Tokenizer
+from m2_ds.data.text_train import train as train_tokenizer
+
+GOLDENS = Path(__file__).parents[1] / "fixtures" / "goldens"
+TEXTS = [
+    "a red fox jumps over the lazy dog",
+    "一只红色的狐狸跳过懒狗",
+    "two blue circles and a green square",
+    "两个蓝色的圆和一个绿色的方块",
+    "a dog",
+    "狗",
+    "",
+]
+LONG = "a red fox jumps over the lazy dog 一只红色的狐狸跳过懒狗, two blue circles and a green square"
+
+
+def glm_model() -> Path:
+    """The release's tokenizer file, which is not ours to hand on; a machine may have it."""
+    named = os.environ.get("M2_GLM_MODEL")
+    return Path(named) if named else Path(__file__).parents[3] / "shared/data/glm_zh_en.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "lines.txt").write_text("\n".join(TEXTS * 3), encoding="utf-8")
+    return train_tokenizer(folder, corpus=(), text=(folder / "lines.txt",), vocab_size=310, coverage=1.0)
+
+
+@pytest.fixture(scope="session", params=["ckpt_pl.ckpt", "ckpt_deepspeed.ckpt"])
+def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A checkpoint in one of the release's layouts, with its configuration and a tokenizer."""
+    folder = tmp_path_factory.mktemp("released")
+    shutil.copy(GOLDENS / "variant_a" / request.param, folder / "m2.ckpt")
+    shutil.copy(GOLDENS / "variant_a/config.json", folder / "m2.json")
+    (folder / "tokenizer.model").write_bytes(tokenizer._model)
+    return folder / "m2.ckpt"
+
+
+@pytest.fixture(scope="session")
+def exported(released: Path) -> Path:
+    out = released.parent / "m2-goldens"
+    cli.run(cli.load("export hugging-face"), "m2 export hugging-face", [str(released), str(out)])
+    return out
