@@ -1,6 +1,8 @@
 """The configuration tree: what is refused, how it is told, overrides, and that every shipped file loads."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import yaml
 from m2_ds.config import RunConfig, load_config
 from m2_ds.engine.setup import deepspeed_config, zero_stage
 from m2_ds.model.config import M2EncoderConfig
-from m2_ds.parallel.mesh import SOLO, Mesh
-from m2_ds.parallel.traffic import Traffic
+from m2_ds.model.encoder import canonical_shapes
+from m2_ds.parallel.config import Layout, contrast_groups
+from m2_ds.parallel.mesh import Mesh
 
 ROOT = Path(__file__).parents[1]
 TREE: dict[str, Any] = {
@@ -183,13 +186,9 @@ def test_checkpoints_and_evaluations_are_due_at_their_steps_and_at_the_end(recip
 
 # -- files of ds_configs/ ----------------------------------------------------------------------------------------------
 
-CPU = "cpu"
 
-
-def mesh() -> Mesh:
-    import torch
-
-    return Mesh(0, 1, torch.device(CPU), "gloo", SOLO, SOLO, 1, Traffic())
+def mesh(tensor: int = 1, data: int = 1, pipeline: int = 1) -> Mesh:
+    return Mesh.imagined(Layout(tensor, data, pipeline))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda file: file.stem)
@@ -211,6 +210,40 @@ def test_every_recipe_loads(file: Path) -> None:
     assert isinstance(config, RunConfig)
     assert (ROOT / config.engine.deepspeed).is_file()
     assert file.read_text().startswith("#"), "a recipe says what it is for"
+
+
+def command_lines(file: Path) -> list[tuple[int, list[str]]]:
+    """(GPUs, overrides) of the launcher commands in a recipe's heading."""
+    found, gpus = [], 0
+    for line in file.read_text().splitlines():
+        if match := re.match(r"# (\d+) GPUs?\b.*:$", line):
+            gpus = int(match[1])
+        elif match := re.match(
+            rf"#   deepspeed (?:--num_gpus {gpus}|--hostfile hosts) --module m2_ds.train (.*)", line
+        ):
+            option, recipe, *overrides = match[1].split()
+            assert (option, ROOT / recipe) == ("--config", file)
+            found.append((gpus, overrides))
+    return found
+
+
+@pytest.mark.parametrize("preset", ["0.4b", "1b", "10b"])
+def test_the_released_sizes_have_commands_that_fit_their_gpus(preset: str) -> None:
+    file = ROOT / f"ds_configs/recipes/{preset}.yaml"
+    commands = command_lines(file)
+    assert [gpus for gpus, _ in commands] == [1, 8, 64, 256]
+    parameters = sum(math.prod(shape) for shape in canonical_shapes(M2EncoderConfig.preset(preset)).values())
+    for gpus, overrides in commands:
+        config = load_config(file, overrides)
+        layout = Layout.of(config.parallel, gpus)
+        settings = deepspeed_config(config, Mesh.imagined(layout))
+        config.batch_shape(layout.data)
+        nodes = [f"node {d * layout.tensor // 8}" for d in range(layout.data)]
+        contrast_groups(layout.data, config.parallel.contrast_group, nodes)
+        share = parameters / layout.tensor / layout.pipeline
+        offloaded = "offload_optimizer" in settings["zero_optimization"]
+        state = share * (0 if offloaded else 4 + 12 / layout.data)  # bytes: bf16 weights and gradients; fp32 AdamW
+        assert state < 60e9, f"{state / 1e9:.0f} GB a GPU, and activations come on top"
 
 
 @pytest.mark.parametrize(
@@ -273,11 +306,50 @@ def test_settings_that_do_not_go_together_are_told(recipe: Path) -> None:
         ("loss={form: sigmoid, label_smoothing: 0.1}", "label_smoothing belongs to form softmax"),
         ("init_pictures=10", "needs model.stem conv"),
         ("parallel.contrast_group={size: 2, nodes: 1}", "not both"),
+        ("parallel.tensor_parallel_size=3", r"3 does not divide model.num_heads 4; use one of \[1, 2\]"),
+        ("parallel.pipeline_parallel_size=4", "4 is more than the 3 layers; every stage needs one"),
+        ("parallel={pipeline_parallel_size: 2, pipeline_layers: [2, 2]}", r"\[2, 2\] hold 4 layers; the model has 3"),
+        ("parallel={tensor_parallel_size: 2, contrast_group: {size: 1}, sequence_parallel: 3}", "sequence_parallel"),
     ]:
         with pytest.raises(ValueError, match=words):
             load_config(recipe, [override])
+    for overrides, words in [
+        (["loss.vl_weight=0", "parallel.pipeline_parallel_size=2"], "stages behind the backbone would have nothing"),
+        (["optim.kind=muon", "parallel.tensor_parallel_size=2"], "set optim.kind: adamw"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load_config(recipe, overrides)
+    for sizes, stage, words in [
+        ((2, 1, 1), 0, "a wrong gradient norm. Set engine.deepspeed to a file of stage 1"),
+        ((1, 1, 2), 0, "clip wrongly without ZeRO. Set engine.deepspeed to a file of stage 1"),
+        ((1, 2, 2), 2, "cannot partition gradients. Set engine.deepspeed to a file of stage 1"),
+        ((2, 2, 2), 3, "cannot partition gradients"),
+    ]:
+        config = load_config(recipe, [f"engine.deepspeed={zero1.parent}/zero{stage}.json"])
+        with pytest.raises(ValueError, match=words):
+            deepspeed_config(config, mesh(*sizes))
     with pytest.raises(
         ValueError, match=r"micro_batch 3 does not divide the 8 pairs of each of 1 ranks; use one of \[1, 2, 4, 8\]"
     ):
         load_config(recipe, ["micro_batch=3"]).batch_shape(1)
     assert load_config(recipe, ["micro_batch=2"]).batch_shape(2) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("balance", "preset", "stages", "sizes"),
+    [
+        ("arithmetic", "10b", 4, [6, 6, 6, 6]),
+        ("memory", "0.4b", 2, [2, 10]),  # the token table is a third of the model
+        ("memory", "10b", 2, [11, 13]),
+    ],
+)
+def test_stages_are_balanced_by_what_is_asked(
+    recipe: Path, balance: str, preset: str, stages: int, sizes: list[int]
+) -> None:
+    from m2_ds.engine.pipeline import stage_sizes
+
+    overrides = [f"model={{preset: {preset}}}", f"parallel.pipeline_balance={balance}"]
+    assert stage_sizes(load_config(recipe, overrides), stages) == sizes
+    asked = [*overrides, f"parallel.pipeline_parallel_size={stages}"]
+    by_hand = [1] * (stages - 1) + [sum(sizes) - stages + 1]
+    assert stage_sizes(load_config(recipe, [*asked, f"parallel.pipeline_layers={by_hand}"]), stages) == by_hand
