@@ -16,6 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("m2_ds.commands:config", "check a recipe and print it with every field"),
     "evaluate": ("m2_ds.commands:evaluate", "retrieval, zero-shot and probes of a model, as JSON and a page"),
     "embed": ("m2_ds.commands:embed", "write embeddings of a data set's pictures and captions to Parquet"),
+    "export hugging-face": (
+        "m2_ds.commands:export_hugging_face",
+        "a folder that transformers loads anywhere, with code and a model card",
+    ),
     "report": ("m2_ds.commands:report", "write a run folder's page again"),
     "data emoji": ("m2_ds.data.sources.emoji:build", "fetch and build the emoji set: seven styles, two languages"),
     "data scenes": ("m2_ds.data.sources.scenes:build", "generate scenes with exact hard negatives"),

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -14,6 +14,7 @@ from m2_ds import launch
 from m2_ds.api import load, resolve
 from m2_ds.config import explain, load_config
 from m2_ds.data.reader import open_dataset
+from m2_ds.data.text import load_tokenizer
 from m2_ds.evaluation import run as evaluation
 from m2_ds.evaluation.config import EvaluationConfig, RetrievalTask
 from m2_ds.evaluation.embed import embed_split, write_embeddings
@@ -137,6 +138,40 @@ def embed(
     write_embeddings(embeddings, out)
     texts = {language: len(t.texts) for language, t in embeddings.texts.items()}
     print(f"{len(embeddings.keys)} pictures and {json.dumps(texts)} captions -> {out}")
+
+
+def export_hugging_face(
+    model: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    tokenizer: Path | None = None,
+    license: str | None = None,
+) -> None:
+    """Write a model to the folder OUT, which transformers loads anywhere with `trust_remote_code=True`.
+
+    With it come its code, its tokenizer and a model card from what the run folder says: docs/hugging_face.md.
+
+    Args:
+        model: run folder, checkpoint, canonical folder or release .ckpt.
+        out: folder that does not exist yet.
+        dtype: of the weights in the folder.
+        tokenizer: tokenizer folder or sentencepiece .model file; by default what lies beside the weights.
+        license: of the weights, as the model card is to name it, e.g. apache-2.0; by default none.
+    """
+    # transformers takes seconds to import, and no other command needs it.
+    from m2_ds.convert.hugging_face.export import export
+    from m2_ds.convert.hugging_face.run_facts import run_facts
+
+    source = resolve(model)
+    loaded, processor = load(source)
+    found = processor.tokenizer
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer, max_length=loaded.config.max_text_length)
+    run = run_facts(source) if source.is_dir() else None
+    export(loaded, found, out, dtype=dtype, run=run, license=license)
+    print(f"{out}\n\nfrom transformers import AutoModel")
+    print(f"model = AutoModel.from_pretrained({str(out)!r}, trust_remote_code=True)")
 
 
 def report(run: tyro.conf.Positional[Path]) -> None:

@@ -120,6 +120,8 @@ def read_config(folder: Path) -> M2EncoderConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields.pop("model_type", None)
+        if "transformers_version" in fields:  # written by transformers, whose own fields lie beside ours
+            fields = {name: value for name, value in fields.items() if name in M2EncoderConfig.model_fields}
         return M2EncoderConfig.model_validate(fields)
     except (OSError, json.JSONDecodeError, ValidationError) as error:
         raise ValueError(f"{path} does not hold a model configuration: {error}") from None
