@@ -11,7 +11,7 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 fi
-# Distributed tests start up to four processes: more threads than cores makes each of them several times slower.
+# Distributed tests start up to eight processes: more threads than cores makes each of them several times slower.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 "$PYTHON" -m ruff check --quiet .
