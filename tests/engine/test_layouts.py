@@ -67,7 +67,8 @@ def test_all_axes_together(recipe: dict[str, Any], deepspeed_files: dict[str, Pa
         check(reports)
 
 
-@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_loss_curves_of_twenty_steps(recipe: dict[str, Any], deepspeed_files: dict[str, Path], ranks: int) -> None:
     cases = []
     for _, tensor, pipeline in (layout for layout in LAYOUTS if layout[0] == ranks):
@@ -81,6 +82,7 @@ def test_loss_curves_of_twenty_steps(recipe: dict[str, Any], deepspeed_files: di
                 assert norm == pytest.approx(wanted_norm, rel=1e-4), case
 
 
+@pytest.mark.slow
 def test_bf16_in_every_layout(recipe: dict[str, Any], deepspeed_files: dict[str, Path]) -> None:
     bf16 = (("engine.precision", "bf16"),)
     cases = [Case("zero1", 1, 2, *sizes, changes=bf16) for sizes in ((2, 2), (2, 1), (1, 2))]
