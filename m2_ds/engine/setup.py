@@ -183,7 +183,7 @@ def fit_stem(model: M2Encoder, config: RunConfig, tokenizer: Tokenizer) -> None:
             with contextlib.ExitStack() as stack:
                 for parameter in stem.parameters():
                     stack.enter_context(opened(parameter))
-                stem.fit(next(batches).images)
+                stem.fit(next(batches).images.to(stem.cls_token.device))
 
 
 def build_engine(
