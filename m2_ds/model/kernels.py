@@ -49,6 +49,13 @@ def choose(apex: bool, fp8: bool, device: torch.device) -> Kernels:
     return Kernels(norm, linear, joint)
 
 
+def queries_apart(joint: Any, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """q of ``queries`` [..., D] and k, v of x [..., 2 D], by a ``joint`` linear layer [D -> 3 D]."""
+    width = joint.in_features
+    q = F.linear(queries, joint.weight[:width], joint.bias[:width])
+    return q, F.linear(x, joint.weight[width:], joint.bias[width:])
+
+
 def fused_adam() -> Any:
     """apex's class. Raises ValueError where it cannot be had."""
     return _of_apex("apex.optimizers", "FusedAdam", "amp_C")
@@ -85,10 +92,6 @@ def _fp8_linears() -> tuple[Any, Any]:
         """As `m2_ds.model.layers.QueryKeyValue`; few queries are not worth fp8."""
 
         def forward(self, x: Tensor, queries: Tensor | None = None) -> Any:
-            if queries is None:
-                return super().forward(x)
-            width = self.in_features
-            q = F.linear(queries, self.weight[:width], self.bias[:width])
-            return q, F.linear(x, self.weight[width:], self.bias[width:])
+            return super().forward(x) if queries is None else queries_apart(self, x, queries)
 
     return Fp8Linear, Fp8QueryKeyValue

@@ -6,9 +6,8 @@ How a model is sharded is decided by which of the two it is given.
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from m2_ds.model.kernels import TORCH, Kernels
+from m2_ds.model.kernels import TORCH, Kernels, queries_apart
 
 
 class Layers(Protocol):
@@ -38,11 +37,7 @@ class QueryKeyValue(nn.Linear):
 
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Any:
         """With ``queries`` [..., D]: their q [..., D], and k and v of x [..., 2 D]."""
-        if queries is None:
-            return super().forward(x)
-        width = self.in_features
-        q = F.linear(queries, self.weight[:width], self.bias[:width])
-        return q, F.linear(x, self.weight[width:], self.bias[width:])
+        return super().forward(x) if queries is None else queries_apart(self, x, queries)
 
 
 class WholeLayers:
