@@ -23,7 +23,7 @@ from tests.engine.jobs import (
 )
 from tests.support.ranks import run_ranks
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.distributed]
 RANKS, STEPS, EVERY = 4, 14, 4
 # (tensor, pipeline, DeepSpeed file); what is left of the ranks is data-parallel
 DENSE, CUT = (1, 1, "zero1"), (2, 2, "zero1")
@@ -107,6 +107,7 @@ def test_every_stage_writes_its_own_files(runs: Path, tree: dict[str, Any]) -> N
     assert model.backbone.text_embed.weight.shape[0] == 601
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["straight", "bf16"])
 def test_what_another_layout_writes_anew_is_the_same_to_the_bit(
     runs: Path, tree: dict[str, Any], deepspeed_files: dict[str, Path], tmp_path: Path, source: str

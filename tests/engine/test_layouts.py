@@ -67,8 +67,7 @@ def test_all_axes_together(recipe: dict[str, Any], deepspeed_files: dict[str, Pa
         check(reports)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))])
 def test_loss_curves_of_twenty_steps(recipe: dict[str, Any], deepspeed_files: dict[str, Path], ranks: int) -> None:
     cases = []
     for _, tensor, pipeline in (layout for layout in LAYOUTS if layout[0] == ranks):
