@@ -5,20 +5,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from m2_ds.convert.canonical import read_config, read_weights, weight_files
+from m2_ds.convert.canonical import read_config, read_weights
+from m2_ds.convert.fit import shapes_of
 from m2_ds.convert.release import find_release_config, read_release
-from m2_ds.convert.run_folder import CHECKPOINTS, CHECKSUMS, MODEL, newest_good, verify
+from m2_ds.convert.source import resolve, verify_weights
 from m2_ds.data.image import EvalTransform
 from m2_ds.data.text import Tokenizer, load_tokenizer
 from m2_ds.model.config import PRESETS, M2EncoderConfig
 from m2_ds.model.encoder import M2Encoder
 from m2_ds.model.loading import load_weights
 from m2_ds.model.weights import init_weights
+
+if TYPE_CHECKING:
+    from m2_ds.convert.onnx.folder import Precision
+    from m2_ds.convert.onnx.session import OnnxModel
 
 
 class Processor:
@@ -58,14 +64,32 @@ def load(
         model = M2Encoder(config)
         init_weights(model, config, seed=0)
         return model.to(device, dtype).eval(), Processor(config.image_size, None)
+    if not Path(path_or_preset).exists():
+        raise ValueError(f"{path_or_preset} does not exist and is no preset ({', '.join(PRESETS)})")
     source = resolve(Path(path_or_preset))
     config = find_release_config(source)[1] if source.is_file() else read_config(source)
+    state = _read(source)
+    shapes_of(config, source, len(state))  # sizes that no checkpoint has are refused before anything is made of them
     with torch.device("meta"):
         model = M2Encoder(config)
     model.to_empty(device="cpu")
-    load_into(model, config, source)
+    load_weights(model, config, state, str(source), tell=_warn)
     tokenizer = _find_tokenizer(source, config.max_text_length)
     return model.to(device, dtype).eval(), Processor(config.image_size, tokenizer)
+
+
+def load_onnx(
+    folder: str | Path, precision: "Precision" = "fp32", *, threads: int = 0, providers: Sequence[str] | None = None
+) -> tuple["OnnxModel", Processor]:
+    """The model that `m2 export onnx` wrote to a folder, computed by onnxruntime, and its processor.
+
+    ``precision``: fp32, or int8 where it was exported; ``threads`` of one call, 0: one a core; ``providers``:
+    onnxruntime's, in order of preference, None: the CPU. Raises ValueError that says what is wrong with the files.
+    """
+    from m2_ds.convert.onnx.session import CPU, open_model  # onnxruntime is needed here alone
+
+    model = open_model(Path(folder), precision, threads=threads, providers=providers or (CPU,))
+    return model, Processor(model.config.image_size, load_tokenizer(folder, max_length=model.config.max_text_length))
 
 
 def load_into(
@@ -79,34 +103,19 @@ def load_into(
     A model that is cut over ranks takes its pieces; ``opened`` as in `m2_ds.model.weights.fill`.
     """
     source = resolve(path)
-    state = read_release(source) if source.is_file() else read_weights(source)
-    load_weights(
-        model,
-        config,
-        state,
-        str(source),
-        tell=lambda message: warnings.warn(message, stacklevel=3),
-        opened=opened,
-    )
+    load_weights(model, config, _read(source), str(source), tell=_warn, opened=opened)
 
 
-def resolve(path: Path) -> Path:
-    """The canonical folder or release file that a path stands for."""
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise ValueError(f"{path} does not exist and is no preset ({', '.join(PRESETS)})")
-    if (path / CHECKPOINTS).is_dir():
-        newest = newest_good(path / CHECKPOINTS, part=f"{MODEL}/")
-        if newest is None:
-            raise ValueError(f"{path} is a run folder without a good checkpoint")
-        path = newest
-    elif (path / CHECKSUMS).exists():
-        verify(path, part=f"{MODEL}/")
-    if (path / MODEL).is_dir():
-        path = path / MODEL
-    weight_files(path)
-    return path
+def _read(source: Path) -> dict[str, Tensor]:
+    """The memory-mapped tensors of what `resolve` found."""
+    if source.is_file():
+        return read_release(source)
+    verify_weights(source)
+    return read_weights(source)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _find_tokenizer(source: Path, max_length: int) -> Tokenizer | None:

@@ -5,14 +5,13 @@ config.json                              fields of M2EncoderConfig
 tokenizer_config.json, tokenizer.model   where the run had a tokenizer
 """
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -67,7 +66,7 @@ class WeightWriter:
         weight_map = {name: file for stage in files for file, members in stage.items() for name in members}
         if self.mesh.is_first and SINGLE not in weight_map.values():
             total = sum(size for stage in stages for size in stage.values())
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(folder / INDEX, index_fields(weight_map, total))
 
     def finish(self) -> None:
         """Write what this rank still holds."""
@@ -79,16 +78,27 @@ class WeightWriter:
 
 def _plan(stages: Sequence[Mapping[str, int]], max_bytes: int) -> list[dict[str, list[str]]]:
     """Files of each stage, numbered through, and the names of the tensors in them."""
-    cut = [_cut(sizes, max_bytes) for sizes in stages]
-    count = sum(map(len, cut))
-    numbers = itertools.count(1)
-    return [
-        {SINGLE if count == 1 else f"model-{next(numbers):05}-of-{count:05}.safetensors": x for x in parts}
-        for parts in cut
-    ]
+    cut = [cut_files(sizes, max_bytes) for sizes in stages]
+    names = iter(file_names(sum(map(len, cut))))
+    return [{next(names): part for part in parts} for parts in cut]
 
 
-def _cut(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+def file_names(count: int) -> list[str]:
+    """Of a folder's safetensors files."""
+    return [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def index_fields(weight_map: Mapping[str, str], total_bytes: int) -> dict[str, Any]:
+    """Which file each tensor is in; for a folder of several files."""
+    return {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+
+
+def config_fields(config: M2EncoderConfig) -> dict[str, Any]:
+    return {"model_type": "m2_encoder", **config.model_dump(mode="json")}
+
+
+def cut_files(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names of the tensors of each file, which has at most ``max_bytes`` of them, or one tensor."""
     parts: list[list[str]] = []
     used = 0
     for name, size in sizes.items():
@@ -111,29 +121,33 @@ def _whole(piece: Piece, group: Group) -> Tensor | None:
 
 
 def write_config(folder: Path, config: M2EncoderConfig) -> None:
-    write_json(folder / CONFIG, {"model_type": "m2_encoder", **config.model_dump(mode="json")})
+    write_json(folder / CONFIG, config_fields(config))
 
 
-def read_config(folder: Path) -> M2EncoderConfig:
+def read_config(folder: Path, name: str = CONFIG) -> M2EncoderConfig:
     """Raises ValueError that names the file."""
-    path = folder / CONFIG
+    path = folder / name
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         fields.pop("model_type", None)
         if "transformers_version" in fields:  # written by transformers, whose own fields lie beside ours
             fields = {name: value for name, value in fields.items() if name in M2EncoderConfig.model_fields}
         return M2EncoderConfig.model_validate(fields)
-    except (OSError, json.JSONDecodeError, ValidationError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # pydantic's is a ValueError, too
         raise ValueError(f"{path} does not hold a model configuration: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a canonical folder. Raises ValueError where there are none or one is missing."""
+    files = [folder / SINGLE]
     if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    else:
-        files = [folder / SINGLE]
+        try:
+            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError("it has to name files beside it")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{folder / INDEX} is damaged or no index of weights: {error!r}") from None
+        files = [folder / name for name in sorted(names)]
     for file in files:
         if not file.exists():
             raise ValueError(f"{folder} holds no {file.name}: not a canonical weight folder, or an incomplete copy")
@@ -147,7 +161,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             with safe_open(file, framework="pt") as opened:
                 state.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
     return state
 

@@ -3,6 +3,7 @@
 checkpoints/step-00001000/
   model/        canonical weights (fp32) with config.json and the tokenizer: what `m2_ds.load` reads
   optimizer/    the optimizer's state (fp32), a folder for each kind of it, under the names of the weights
+  adapter/      of a LoRA run: its adapters (fp32) as peft has them; model/ has them merged into the weights
   config.yaml   the run's resolved configuration
   state.json    step, samples seen, the layout that wrote it
   checksums.json   SHA-256 of every file above; written last
@@ -19,7 +20,7 @@ from m2_ds.files import sha256
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS, MODEL, OPTIMIZER = "checkpoints", "model", "optimizer"
+CHECKPOINTS, MODEL, OPTIMIZER, ADAPTER = "checkpoints", "model", "optimizer", "adapter"
 SETTINGS, STATE, CHECKSUMS = "config.yaml", "state.json", "checksums.json"
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -37,12 +38,13 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return [int(match[1]) for match, path in found if match and path.is_dir()]
 
 
-def verify(checkpoint: Path, part: str = "") -> None:
-    """Compare the files of a checkpoint with their checksums; with ``part`` ("model") only those in that folder of it.
+def verify(checkpoint: Path, part: str = "", holds: str = STATE) -> None:
+    """Compare the files of a checkpoint with their checksums; with ``part`` only those whose path in it begins so.
 
-    Raises ValueError that names the first missing, changed or unreadable file.
+    ``holds``: the beginning of a file's path that the list of checksums has to have. Raises ValueError that names the
+    first missing, changed or unreadable file.
     """
-    for name, digest in _checksums(checkpoint).items():
+    for name, digest in _checksums(checkpoint, holds).items():
         path = checkpoint / name
         if not name.startswith(part):
             continue
@@ -56,13 +58,13 @@ def verify(checkpoint: Path, part: str = "") -> None:
             raise ValueError(f"{path} is damaged: its checksum differs from the one in {CHECKSUMS}")
 
 
-def _checksums(checkpoint: Path) -> dict[str, str]:
+def _checksums(checkpoint: Path, holds: str) -> dict[str, str]:
     path = checkpoint / CHECKSUMS
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict) or STATE not in content:
+    if not isinstance(content, dict) or not any(name.startswith(holds) for name in content):
         raise ValueError(f"{path} is damaged: it is no list of the checkpoint's files")
     return content
 

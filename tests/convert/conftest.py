@@ -51,3 +51,21 @@ def exported(released: Path) -> Path:
     out = released.parent / "m2-goldens"
     cli.run(cli.load("export hugging-face"), "m2 export hugging-face", [str(released), str(out)])
     return out
+
+
+@pytest.fixture(scope="session")
+def released_file(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """As `released`, in the one layout that most of the release's files have."""
+    folder = tmp_path_factory.mktemp("released_file")
+    shutil.copy(GOLDENS / "variant_a/ckpt_pl.ckpt", folder / "m2.ckpt")
+    shutil.copy(GOLDENS / "variant_a/config.json", folder / "m2.json")
+    (folder / "tokenizer.model").write_bytes(tokenizer._model)
+    return folder / "m2.ckpt"
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(released_file: Path) -> Path:
+    """Its graphs in both precisions."""
+    out = released_file.parent / "m2-onnx"
+    cli.run(cli.load("export onnx"), "m2 export onnx", [str(released_file), str(out), "--int8"])
+    return out
