@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from m2_ds.data.config import DataConfig
 from m2_ds.evaluation.config import EvaluationConfig
 from m2_ds.loss.config import LossConfig
-from m2_ds.model.config import PRESETS, M2EncoderConfig
+from m2_ds.model.config import PRESETS, LoraConfig, M2EncoderConfig, checked_pattern
 from m2_ds.parallel.config import ParallelConfig
 from m2_ds.schema import Settings
 
@@ -33,11 +33,7 @@ class ParameterRule(Settings):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
+        return checked_pattern(pattern)
 
 
 class ScheduleConfig(Settings):
@@ -65,6 +61,13 @@ class OptimConfig(Settings):
     betas: tuple[_Beta, _Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.1, ge=0)
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learning rates fall by this factor a layer from the heads down to the embeddings (BEiT, arXiv "
+        "2106.08254); a rule's lr_scale multiplies it. 1: off",
+    )
     rules: list[ParameterRule] = Field(
         default_factory=list, description="applied in order; the last that matches and sets a field decides"
     )
@@ -143,6 +146,9 @@ class RunConfig(Settings):
     )
     tokenizer: Path = Field(description="tokenizer folder or sentencepiece .model file")
     model: M2EncoderConfig
+    lora: LoraConfig | None = Field(
+        None, description="train low-rank adapters, and else only what optim.rules un-freeze; {} takes the defaults"
+    )
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
     loss: LossConfig = LossConfig()
@@ -192,7 +198,21 @@ class RunConfig(Settings):
                 "needs the bias, and no other uses it"
             )
         self._check_layout()
+        if self.lora is not None:
+            self._check_lora()
         return self
+
+    def _check_lora(self) -> None:
+        ranks, stages = self.parallel.tensor_parallel_size, self.parallel.pipeline_parallel_size
+        for found, reason in (
+            (self.init_from is None, "adapts weights that exist: set init_from"),
+            (ranks * stages > 1, f"needs whole layers, and parallel cuts them ({ranks} x {stages}): set both sizes to "
+             "1, and a DeepSpeed file of ZeRO stage 3 where the model does not fit"),
+            (self.optim.kind == "muon", "trains by AdamW: set optim.kind: adamw"),
+            (self.engine.fp8, "has no layers in fp8: set engine.fp8: false"),
+        ):  # fmt: skip
+            if found:
+                raise ValueError(f"lora {reason} (or leave lora out)")
 
     def _check_layout(self) -> None:
         model, ranks, stages = self.model, self.parallel.tensor_parallel_size, self.parallel.pipeline_parallel_size

@@ -55,38 +55,48 @@ def train(config: RunConfig) -> None:
 
 def run(config: RunConfig, mesh: "Mesh") -> None:
     """Resume, train, evaluate, write checkpoints."""
-    from m2_ds.api import Processor, load_into
-    from m2_ds.convert.run_folder import MODEL
+    from m2_ds.api import Processor
     from m2_ds.engine import preflight, resume
     from m2_ds.engine.checkpoint import sweep
     from m2_ds.engine.environment import claim, describe
     from m2_ds.engine.optim import freeze_unreached
     from m2_ds.engine.setup import build_engine, build_model, deepspeed_config, encoder_of, fit_stem, opened, zero_stage
+    from m2_ds.engine.start import given_weights, hold_exactly
     from m2_ds.engine.trainer import Trainer
     from m2_ds.evaluation.run import run_evaluations
     from m2_ds.files import write_atomically, write_json
+    from m2_ds.model.loading import fill_whole
     from m2_ds.model.weights import init_weights
 
     settings = deepspeed_config(config, mesh)
     tokenizer = preflight.check(config)
     with claim(config.folder, mesh):
         found = resume.find(config, mesh)
-        start = 0
+        start = samples = 0
         if found is not None:
             start = resume.check(found, config, tokenizer, resume.layout(mesh, zero_stage(settings)))
+            samples = resume.samples(found)
         if mesh.is_first:
             sweep(config.folder / "checkpoints")
             write_atomically(config.folder / "config.yaml", config.to_yaml().encode())
             write_json(config.folder / "environment.json", describe(mesh))
         module, model = build_model(config, settings, mesh)
-        source = config.init_from if found is None else found / MODEL
-        if source is None:
+        freeze_unreached(model, config.loss)
+        given = given_weights(config, model, found)
+        if given is None:
             init_weights(model, config.model, config.seed, opened)
             fit_stem(model, config, tokenizer)
         else:
-            load_into(model, config.model, source, opened)
-        freeze_unreached(model, config.loss)
+            fill_whole(model, given, opened)
+        if config.lora is not None:
+            from m2_ds.engine import adapters
+
+            assert given is not None
+            adapters.add(model, config, settings, mesh, given, found)
         engine = build_engine(model, config, settings, mesh, module)
+        if given is not None:
+            hold_exactly(engine, model, config, mesh, given, fresh=found is None)
+            del given  # its files need not stay open while training
         if found is not None:
             resume.restore(engine, model, found, config, mesh)
         processor, encoder = Processor(config.model.image_size, tokenizer), encoder_of(module, mesh)
@@ -94,7 +104,7 @@ def run(config: RunConfig, mesh: "Mesh") -> None:
         def evaluate() -> dict[str, float]:
             return run_evaluations(encoder, processor, config.evaluation, group=mesh.data_parallel)
 
-        Trainer(engine, model, config, mesh, tokenizer, evaluate).run(start)
+        Trainer(engine, model, config, mesh, tokenizer, evaluate).run(start, samples)
 
 
 def _tell(message: str) -> None:

@@ -75,6 +75,13 @@ def told(recipe: Path, *overrides: str) -> str:
         # fields that do not fit each other
         ("data.image_size=48", ["data.image_size is 48", "model.image_size is 32"]),
         ("optim.schedule.warmup_steps=100", ["optim.schedule.warmup_steps 100 must be less than steps 100"]),
+        ("optim.layer_decay=0", ["optim.layer_decay", "greater than 0"]),
+        ("optim.layer_decay=1.5", ["optim.layer_decay", "less than or equal to 1"]),
+        ("lora.rang=4", ["lora.rang: there is no such field; did you mean rank?"]),
+        ("lora.rank=0", ["lora.rank", "greater than 0"]),
+        ('lora.pattern="("', ["lora.pattern", "not a regular expression"]),
+        ("lora.dropout=0.1", ["lora.dropout: a step's second pass must repeat its first", "model.drop_path", "0.1"]),
+        ("lora={}", ["lora adapts weights that exist: set init_from (or leave lora out)"]),
         ("loss={unimodal_weight: 0, vl_weight: 0}", ["loss.unimodal_weight and loss.vl_weight are both 0"]),
     ],
 )
@@ -316,6 +323,10 @@ def test_settings_that_do_not_go_together_are_told(recipe: Path) -> None:
     for overrides, words in [
         (["loss.vl_weight=0", "parallel.pipeline_parallel_size=2"], "stages behind the backbone would have nothing"),
         (["optim.kind=muon", "parallel.tensor_parallel_size=2"], "set optim.kind: adamw"),
+        (["lora={}", "init_from=x", "optim.kind=muon"], "lora trains by AdamW: set optim.kind: adamw"),
+        (["lora={}", "init_from=x", "parallel.tensor_parallel_size=2"], r"lora needs whole layers.*\(2 x 1\)"),
+        (["lora={}", "init_from=x", "parallel.pipeline_parallel_size=3"], r"\(1 x 3\).*DeepSpeed file of ZeRO stage 3"),
+        (["lora={}", "init_from=x", "engine={fp8: true, precision: bf16}", "micro_batch=16"], "no layers in fp8"),
     ]:
         with pytest.raises(ValueError, match=words):
             load_config(recipe, overrides)

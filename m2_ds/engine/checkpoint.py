@@ -1,6 +1,6 @@
 """Checkpoints: written aside, checksummed, renamed; old ones removed. What lies in one: m2_ds.convert.run_folder.
 
-The data position and every random decision are functions of (seed, step), so `step` is all the state they need.
+The data position and every random decision are functions of the seed and the number of pairs that the run has seen.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from m2_ds.config import CheckpointConfig, RunConfig
 from m2_ds.convert.canonical import WeightWriter, outlines, write_config
 from m2_ds.convert.run_folder import (
+    ADAPTER,
     CHECKPOINTS,
     CHECKSUMS,
     MODEL,
@@ -24,25 +25,33 @@ from m2_ds.convert.run_folder import (
 )
 from m2_ds.data.text import Tokenizer
 from m2_ds.engine.optimizer_state import OptimizerState
-from m2_ds.engine.resume import data_digests, layout
+from m2_ds.engine.resume import layout
 from m2_ds.files import publish, sha256, sync, write_atomically, write_json
 from m2_ds.model.encoder import M2Encoder
-from m2_ds.model.weights import pieces
+from m2_ds.model.weights import adapter_of, has_adapters, is_adapter, merged, pieces
 from m2_ds.parallel.collectives import all_gather_objects, all_reduce_sum, barrier, broadcast_object
 from m2_ds.parallel.mesh import Mesh
 
 
-def save(engine: Any, model: M2Encoder, step: int, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> Path:
+def save(
+    engine: Any,
+    model: M2Encoder,
+    step: int,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    stream: dict[str, Any] | None,
+) -> Path:
     """Write the run folder's ``checkpoints/step-00001000`` and remove what need not be kept; every rank calls it.
 
-    ``model``: this rank's part of it, inside the engine. Nothing of that name is visible before it is complete. Raises
-    FloatingPointError for weights that are not finite and ValueError where the files cannot be written; the checkpoints
-    from before stay as they are.
+    ``model``: this rank's part of it, inside the engine. ``stream``: where the data stands (`PairDataset.state`), on
+    the first rank. Nothing of that name is visible before it is complete. Raises FloatingPointError for weights that
+    are not finite and ValueError where the files cannot be written; the checkpoints from before stay as they are.
     """
     folder = config.folder / CHECKPOINTS
     _refuse_non_finite(model, step, mesh)
     try:
-        final = _write(engine, model, folder, step, config, tokenizer, mesh)
+        final = _write(engine, model, folder, step, config, tokenizer, mesh, stream)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"checkpoint {checkpoint_name(step)} could not be written to {folder}: {error}. Older checkpoints are as "
@@ -75,7 +84,14 @@ def _own_part(parameter: Any, rank: int) -> Tensor:
 
 
 def _write(
-    engine: Any, model: M2Encoder, folder: Path, step: int, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh
+    engine: Any,
+    model: M2Encoder,
+    folder: Path,
+    step: int,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    stream: dict[str, Any] | None,
 ) -> Path:
     final = folder / checkpoint_name(step)
     aside = folder / f".{final.name}.part"
@@ -90,16 +106,22 @@ def _write(
     for name, part in parts.items():
         _write_part(writer, part, model, state, name)
     writer.finish()
+    if has_adapters(model):
+        from m2_ds.engine import adapters  # peft is imported where it is asked for
+
+        adapters.write(aside / ADAPTER, model, state, mesh)
     if mesh.is_first:
+        assert stream is not None
         write_config(aside / MODEL, config.model)
         tokenizer.save(aside / MODEL)
         write_atomically(aside / SETTINGS, config.to_yaml().encode())
         about = {
             "step": step,
-            "samples": step * config.global_batch,
+            "samples": stream["samples"],
             "updates": engine.global_steps - engine.skipped_steps,
             "layout": layout(mesh, state.stage),
-            "data": data_digests(config),
+            "data": [source["manifest"] for source in stream["sources"]],
+            "stream": stream,
         }
         write_json(aside / STATE, about)
     barrier(mesh.world)
@@ -118,10 +140,25 @@ def _write(
 
 
 def _write_part(writer: WeightWriter, folder: Path, model: M2Encoder, state: OptimizerState, name: str | None) -> None:
-    """All weights, or one kind of state of those that have it; what is partitioned is gathered one after another."""
-    members = [(inner, parameter) for inner, parameter in model.named_parameters() if state.has(parameter, name)]
+    """All weights, or one kind of state of those that have it; what is partitioned is gathered one after another.
+
+    Adapters are merged into the weights, and have states of their own.
+    """
+
+    def whole(inner: str, parameter: nn.Parameter) -> Tensor:
+        value = state.full(parameter, name)
+        if name is not None or (adapter := adapter_of(model, inner)) is None:
+            return value
+        a, b, scaling = adapter
+        return merged(value, state.full(a, None), state.full(b, None), scaling)
+
+    members = [
+        (inner, parameter)
+        for inner, parameter in model.named_parameters()
+        if state.has(parameter, name) and not (name is None and is_adapter(inner))
+    ]
     announced = [piece for inner, parameter in members for piece in outlines(inner, parameter)]
-    entries = (piece for inner, parameter in members for piece in pieces(inner, parameter, state.full(parameter, name)))
+    entries = (piece for inner, parameter in members for piece in pieces(inner, parameter, whole(inner, parameter)))
     writer.write(folder, announced, entries)
 
 

@@ -12,12 +12,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from m2_ds.config import OptimConfig, ParameterRule, ScheduleConfig
 from m2_ds.engine.muon import MuonAdamW
 from m2_ds.loss.config import LossConfig
+from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.encoder import M2Encoder, canonical_shapes
 from m2_ds.model.kernels import fused_adam
 from m2_ds.model.stack import Part
-from m2_ds.model.weights import LOGIT_SCALES, canonical_names, freeze_unused
+from m2_ds.model.weights import LOGIT_SCALES, canonical_names, freeze_unused, has_adapters, is_adapter
 
 _NOT_DECAYED = ("embed_positions", "cls_token", "mask_token")
+_LAYER = re.compile(r"(backbone\.encoder|backbone_vl)\.layers\.(\d+)\.")
 
 
 def freeze_unreached(model: nn.Module, loss: LossConfig) -> None:
@@ -36,12 +38,17 @@ def freeze_unreached(model: nn.Module, loss: LossConfig) -> None:
 def parameter_groups(model: M2Encoder, config: OptimConfig, loss: LossConfig | None = None) -> list[dict[str, Any]]:
     """AdamW groups of the parameters that train, by (learning rate scale, decay); rules may freeze more.
 
+    Beside adapters (m2_ds.model.lora) only what a rule un-freezes trains. A rule's lr_scale multiplies `layer_decay`'s.
+
     A part of a model has the groups of the whole, in one order, for DeepSpeed takes gradient norms over the stages of a
     pipeline group by group: one that has nothing here holds a number that never trains. ``loss`` is asked for then, to
     know what of the rest is frozen. Raises ValueError for a rule that no parameter matches (most likely a misspelt
     pattern).
     """
-    everything = canonical_shapes(model.config) if config.rules else {}
+    everything = [*canonical_shapes(model.config)] if config.rules else []
+    everything += [
+        name for inner, _ in model.named_parameters() if is_adapter(inner) for name in canonical_names(inner)
+    ]
     for rule in config.rules:
         if not any(re.search(rule.pattern, name) for name in everything):
             raise ValueError(
@@ -75,22 +82,44 @@ _Settings = tuple[float, float, float | None, int]  # learning rate scale, decay
 
 def _by_settings(model: M2Encoder, config: OptimConfig) -> dict[_Settings, list[nn.Parameter]]:
     groups: dict[_Settings, list[nn.Parameter]] = {}
+    adapted = has_adapters(model)
     for name, parameter in model.named_parameters():
         names = canonical_names(name)
         rules = [rule for rule in config.rules if any(re.search(rule.pattern, n) for n in names)]
-        if _last_set(rules, "freeze"):
+        freeze = _last_set(rules, "freeze")
+        if adapted and freeze is False and name.endswith(".base_layer.weight"):
+            raise ValueError(
+                f"optim.rules un-freeze {names[0]}, which lora adapts: its adapter stands for its change. Make the "
+                "pattern narrower, or lora.pattern"
+            )
+        if freeze or (freeze is None and adapted and not is_adapter(name)):
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             ceiling = math.log(config.max_logit_scale) if name in LOGIT_SCALES else None
             scale, decay = _last_set(rules, "lr_scale"), _last_set(rules, "weight_decay")
+            depth = config.layer_decay ** distance_from_top(name, model.config)
             key = (
-                1.0 if scale is None else scale,
+                depth if scale is None else depth * scale,
                 _decay(name, parameter, config) if decay is None else decay,
                 ceiling,
                 _muon_parts(name, parameter) if config.kind == "muon" else 0,
             )
             groups.setdefault(key, []).append(parameter)
     return groups
+
+
+def distance_from_top(name: str, model: M2EncoderConfig) -> int:
+    """How many layers lie from a weight up to the heads, its own one counted; 0 for heads, scales and the last norm.
+
+    The rule of BEiT (arXiv 2106.08254, appendix) and MAE (arXiv 2111.06377, A.2), over backbone and vision-language
+    layers in a row. Embeddings and positions are furthest; the backbone's final norm goes with its last layer.
+    """
+    depth = model.num_layers + model.num_vl_layers
+    if found := _LAYER.match(name):
+        return depth - int(found[2]) - (model.num_layers if found[1] == "backbone_vl" else 0)
+    if name.startswith("backbone.encoder.layer_norm."):
+        return model.num_vl_layers + 1
+    return depth + 1 if name.startswith("backbone.") else 0
 
 
 def _last_set(rules: list[ParameterRule], field: str) -> Any:

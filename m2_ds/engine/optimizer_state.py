@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from m2_ds.convert.run_folder import MODEL, OPTIMIZER
 from m2_ds.engine.setup import low_and_master
+from m2_ds.parallel.collectives import all_gather_rows
 from m2_ds.parallel.mesh import Group
 
+_EXACT = "held_exactly"  # attribute of a frozen parameter
 _ADAMW, _MUON = ("exp_avg", "exp_avg_sq"), ("momentum",)
 
 
@@ -30,7 +32,7 @@ class OptimizerState:
     """A view of an engine's optimizer. ``data_parallel``: the ranks over which it is partitioned."""
 
     def __init__(self, engine: Any, data_parallel: Group) -> None:
-        self.wrapper, self.rank = engine.optimizer, data_parallel.rank
+        self.wrapper, self.group, self.rank = engine.optimizer, data_parallel, data_parallel.rank
         self.stage = int(engine.zero_optimization_stage())
         self.torch: torch.optim.Optimizer = getattr(self.wrapper, "optimizer", self.wrapper)
         self._masters = dict(low_and_master(self.wrapper))
@@ -55,6 +57,10 @@ class OptimizerState:
     def full(self, parameter: nn.Parameter, name: str | None) -> Tensor:
         """fp32, of the parameter's own shape. All data-parallel ranks call it: what is partitioned is gathered."""
         if not parameter.requires_grad:
+            if (own := getattr(parameter, _EXACT, None)) is not None:
+                whole = all_gather_rows(own.to(parameter.device), self.group, "checkpoint")
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                return whole[: shape.numel()].view(shape)
             if self.stage < 3:
                 return parameter.detach().float()
             with GatheredParameters([parameter]):
@@ -100,6 +106,14 @@ class OptimizerState:
         elif (fragment := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
             address = fragment.lp_fragment_address
             fragment.get_hp_fragment(name).data.copy_(read(address.start, address.numel))
+
+    def keep(self, parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
+        """Hold the fp32 numbers of a frozen parameter, which the model has in low precision, for checkpoints.
+
+        Each data-parallel rank holds an equal part of them, in the host's memory. ``read`` as in `put`.
+        """
+        size = -(-getattr(parameter, "ds_numel", parameter.numel()) // self.group.size)
+        setattr(parameter, _EXACT, read(self.rank * size, size))
 
     def _link(self) -> None:
         """Tell each parameter its part of the flat state.

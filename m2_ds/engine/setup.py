@@ -22,6 +22,7 @@ from m2_ds.engine.optim import build_optimizer, schedule_builder
 from m2_ds.model.encoder import M2Encoder
 from m2_ds.model.kernels import choose
 from m2_ds.model.layers import Layers, WholeLayers
+from m2_ds.parallel.collectives import all_gather_objects
 from m2_ds.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -139,15 +140,7 @@ def build_model(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> tupl
         from m2_ds.parallel.tensor import TensorParallelLayers
 
         layers = TensorParallelLayers(mesh.tensor, config.parallel.sequence_parallel, kernels.norm)
-    placed: AbstractContextManager[object] = torch.device(mesh.device)  # never whole in the host's memory
-    if zero_stage(settings) == 3:
-        unit = mesh.mpu  # by itself, Init would cut over all ranks, tensor-parallel ones included
-        placed = deepspeed.zero.Init(
-            data_parallel_group=None if unit is None else unit.get_data_parallel_group(),
-            config_dict_or_path=settings,
-            mpu=unit,
-        )
-    with placed:
+    with placed(settings, mesh):
         if mesh.pipeline.size > 1:
             from m2_ds.engine.pipeline import build_pipeline
 
@@ -155,6 +148,22 @@ def build_model(config: RunConfig, settings: dict[str, Any], mesh: Mesh) -> tupl
             return module, stage.model
         model = M2Encoder(config.model, layers)
     return model, model
+
+
+def placed(settings: dict[str, Any], mesh: Mesh) -> AbstractContextManager[object]:
+    """A context in which layers are made on this rank's device, never whole in the host's memory; partitioned under
+    ZeRO 3."""
+    if zero_stage(settings) < 3:
+        return torch.device(mesh.device)
+    unit = mesh.mpu  # by itself, Init would cut over all ranks, tensor-parallel ones included
+    return cast(
+        AbstractContextManager[object],
+        deepspeed.zero.Init(
+            data_parallel_group=None if unit is None else unit.get_data_parallel_group(),
+            config_dict_or_path=settings,
+            mpu=unit,
+        ),
+    )
 
 
 def encoder_of(module: nn.Module, mesh: Mesh) -> Any:
@@ -196,6 +205,12 @@ def build_engine(
     module = model if module is None else module
     piped = mesh.pipeline.size > 1
     optimizer = build_optimizer(model, config.optim, config.engine.precision, config.loss, config.engine.apex)
+    if piped and not all_gather_objects(any(p.requires_grad for p in model.parameters()), mesh.pipeline)[0]:
+        raise ValueError(
+            "optim.rules freeze all of a pipeline's first stage, and DeepSpeed sends gradients back to it anyway. "
+            "Set parallel.pipeline_parallel_size: 1 (frozen weights need no gradients and no optimizer), or leave the "
+            "first stage something to train"
+        )
     here = set(module.parameters())
     for number, group in enumerate(optimizer.param_groups):  # DeepSpeed names all parameters by their module
         if group["params"][0] not in here:

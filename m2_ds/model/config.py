@@ -1,9 +1,10 @@
 """The shape of an M2-Encoder: one frozen configuration, the released sizes as presets, the release's JSON as input."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from m2_ds.schema import Settings
 
@@ -98,6 +99,43 @@ class M2EncoderConfig(Settings):
             max_text_length=config.get("max_text_len", 52),
             vocab_size=config.get("vocab_size", 115244),
         )
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (arXiv 2106.09685) beside frozen weights: W x + (alpha / rank) B A x, trained are A and B."""
+
+    rank: int = Field(8, gt=0, description="rows of A and columns of B; q, k and v of a branch share one A")
+    alpha: float = Field(16.0, gt=0, description="the adapter's output is multiplied by alpha / rank")
+    pattern: str = Field(
+        r"\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj\.[AB]|ffn\.[AB]\.fc[12])$",
+        description="regular expression, searched in canonical names of linear layers (those of weights, without "
+        ".weight); those that it finds are adapted",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="only 0: see the error that another value gives")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        return checked_pattern(pattern)
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout > 0:
+            raise ValueError(
+                "a step's second pass must repeat its first, and dropout between A and B would not: set it to 0, and "
+                "model.drop_path or optim.weight_decay against overfitting"
+            )
+        return dropout
+
+
+def checked_pattern(pattern: str) -> str:
+    """A regular expression that compiles; ValueError otherwise."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
 
 
 # What `beit_version` stands for where a release config leaves a field out: width, heads, backbone layers.

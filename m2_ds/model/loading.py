@@ -46,7 +46,26 @@ def load_weights(
     """Load a canonical state dict, resizing vision positions where the grid differs (and saying so through ``tell``).
 
     A rank copies the pieces that it holds, so of memory-mapped tensors it reads no more. ``where`` names the file in
-    errors; ``opened`` as in `fill`. Raises ValueError with every missing and unexpected name, or every wrong shape.
+    errors; ``opened`` as in `fill`. Raises ValueError as `fitted` does.
+    """
+    fill_whole(model, fitted(config, state, where, tell), opened)
+
+
+def fill_whole(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    opened: Callable[[nn.Parameter], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+) -> None:
+    """Copy a state dict that is `fitted` into a model; a rank reads the pieces that it holds."""
+    fill(model, lambda piece: piece.split.of(state[piece.name]) if piece.split else state[piece.name], opened)
+
+
+def fitted(
+    config: M2EncoderConfig, state: Mapping[str, Tensor], where: str, tell: Callable[[str], object] = print
+) -> dict[str, Tensor]:
+    """A canonical state dict with the names and shapes of ``config``: vision positions resized where the grid differs.
+
+    Raises ValueError with every missing and unexpected name, or every wrong shape.
     """
     expected = canonical_shapes(config)
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
@@ -56,21 +75,21 @@ def load_weights(
             f"  missing ({len(missing)}): {_some(missing)}\n  unexpected ({len(unexpected)}): {_some(unexpected)}\n"
             "Check that the configuration belongs to the checkpoint (layers, stem) and that names carry no prefix."
         )
-    state = dict(state)
+    found = dict(state)
     positions = state[VISION_POSITIONS]
     if len(positions) != expected[VISION_POSITIONS][0]:
-        state[VISION_POSITIONS] = resize_positions(positions, config.num_patches)
+        found[VISION_POSITIONS] = resize_positions(positions, config.num_patches)
         tell(
-            f"{where}: vision position table resized from {len(positions)} to {len(state[VISION_POSITIONS])} rows "
+            f"{where}: vision position table resized from {len(positions)} to {len(found[VISION_POSITIONS])} rows "
             f"for {config.image_size} px pictures in {config.patch_size} px patches"
         )
-    wrong = [f"{n} is {list(state[n].shape)}, not {list(s)}" for n, s in expected.items() if state[n].shape != s]
+    wrong = [f"{n} is {list(found[n].shape)}, not {list(s)}" for n, s in expected.items() if found[n].shape != s]
     if wrong:
         raise ValueError(
             f"{where}: {len(wrong)} tensors have another shape than the model: {_some(wrong)}.\n"
             "Check hidden_size, embed_dim, vocab_size and num_heads of the configuration."
         )
-    fill(model, lambda piece: piece.split.of(state[piece.name]) if piece.split else state[piece.name], opened)
+    return found
 
 
 def _some(names: Iterable[str], limit: int = 40) -> str:

@@ -1,9 +1,9 @@
 """Names, initial values and loading of weights.
 
-The state dict speaks the release's names. Inside, q, k, v of a branch are one parameter, and logit scales are [1];
-`to_canonical` and `from_canonical` are the only places that know. A rank may hold a part of the layers and a piece of a
-weight (`Split`): `pieces` says which canonical tensors, or what of them, an inner parameter holds, and every way in or
-out of a model goes through it.
+The state dict speaks the release's names. Inside, q, k, v of a branch are one parameter, logit scales are [1], and a
+layer with an adapter (m2_ds.model.lora) lies one module deeper; `to_canonical` and `from_canonical` are the only places
+that know. A rank may hold a part of the layers and a piece of a weight (`Split`): `pieces` says which canonical
+tensors, or what of them, an inner parameter holds, and every way in or out of a model goes through it.
 """
 
 import contextlib
@@ -26,12 +26,44 @@ LOGIT_SCALES = ("logit_scale", "logit_vl_scale")
 LOGIT_BIASES = ("logit_bias", "logit_vl_bias")
 _SCALARS = LOGIT_SCALES + LOGIT_BIASES
 VISION_POSITIONS = "backbone.encoder.embed_positions.A.weight"
+ADAPTER_NAME = "default"  # peft's for the only adapter of a model
+_BASE = ".base_layer.weight"
 _TABLES = ("text_embed.weight", "embed_positions.A.weight", "embed_positions.B.weight")
 
 
+def is_adapter(name: str) -> bool:
+    """Whether an inner parameter is a factor of a LoRA adapter: no weight of the released network."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(is_adapter(name) for name, _ in model.named_parameters())
+
+
+def adapter_of(model: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+    """A [r, D], B and alpha / r that belong to the weight of an inner ``name``; None where it is not adapted."""
+    if not name.endswith(_BASE):
+        return None
+    layer: Any = model.get_submodule(name.removesuffix(_BASE))
+    return layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight, layer.scaling[ADAPTER_NAME]
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + scaling B A, a new tensor."""
+    return weight + (b @ a) * scaling
+
+
+def _plain(name: str) -> str:
+    """Without what peft puts into the name of an adapted layer's weight and of an adapter."""
+    return name.replace(f".{ADAPTER_NAME}.", ".") if is_adapter(name) else name.replace(".base_layer.", ".")
+
+
 def to_canonical(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The canonical entries (views) that one inner parameter stands for."""
-    if _FUSED in name:
+    """The canonical entries (views) that one inner parameter stands for; an adapter's factor keeps the layer's name."""
+    adapter, name = is_adapter(name), _plain(name)
+    if adapter:
+        yield name, tensor
+    elif _FUSED in name:
         for part, piece in zip(_PARTS, tensor.chunk(3)):
             yield name.replace(_FUSED, part), piece
     elif name in _SCALARS and tensor.numel():  # ZeRO-3 leaves empty tensors in place of partitioned weights
@@ -64,13 +96,16 @@ def fill(
     model: nn.Module,
     value: Callable[[Piece], Tensor],
     opened: Callable[[nn.Parameter], AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
+    adapters: bool = False,
 ) -> None:
     """Copy ``value`` (of the piece's shape, filling left out) into every piece of every parameter.
 
-    ``opened``: a context in which a parameter's own tensor is all there.
+    ``opened``: a context in which a parameter's own tensor is all there; ``adapters``: fill these, and not the weights.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if is_adapter(name) != adapters:
+                continue
             with opened(parameter):
                 for piece in pieces(name, parameter):
                     target = piece.tensor
@@ -81,7 +116,8 @@ def fill(
 
 
 def canonical_names(name: str) -> list[str]:
-    """The canonical names behind an inner parameter's."""
+    """The canonical names behind an inner parameter's; an adapter of a joint q, k, v is found by each of the three."""
+    name = _plain(name)
     return [name.replace(_FUSED, part) for part in _PARTS] if _FUSED in name else [name]
 
 
@@ -108,7 +144,9 @@ def register_canonical_names(model: nn.Module) -> None:
     def after_state_dict(module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, _: Any) -> None:
         inner = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
         for name, tensor in inner.items():
-            state.update((prefix + canonical, piece) for canonical, piece in to_canonical(name, tensor))
+            # Adapters keep their names, by which peft finds them again.
+            entries = [(name, tensor)] if is_adapter(name) else to_canonical(name, tensor)
+            state.update((prefix + canonical, piece) for canonical, piece in entries)
 
     def before_load(module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, *_: Any) -> None:
         own = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}

@@ -116,7 +116,6 @@ def test_pruning_never_takes_damaged_later_ones_for_the_newest(copy: Path, again
     ("changes", "words"),
     [
         ({"seed": 4}, "seed was 3, is now 4"),
-        ({"global_batch": 32}, "global_batch was 16, is now 32"),
         ({"model__num_layers": 3}, "model.num_layers was 2, is now 3"),
         ({"engine__precision": "bf16"}, "engine.precision was 'fp32', is now 'bf16'"),
         ({"optim__rules": []}, r"optim.rules.0.lr_scale was 0.5, is now None"),
@@ -238,14 +237,6 @@ def test_the_engine_stands_where_it_would_have(copy: Path, again: Callable[..., 
     assert mine == yours and resumed.get_lr() == straight.get_lr()
     steps = [{float(s["step"]) for s in engine.optimizer.optimizer.state.values()} for engine in engines]
     assert steps == [{6.0}, {6.0}]
-
-
-def test_other_data_is_told(
-    copy: Path, again: Callable[..., None], broken_shapes: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        again(data__sources=[{"path": str(broken_shapes)}])
-    assert "the content of a data source is another one" in caplog.text
 
 
 # -- writing that fails ------------------------------------------------------------------------------------------------
