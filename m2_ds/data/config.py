@@ -1,19 +1,29 @@
 """What a training run reads, and how pictures and captions are drawn from it."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from m2_ds.data.store import location
 from m2_ds.schema import Settings
 
 Range = tuple[float, float]
+Location = Annotated[
+    Path | str, BeforeValidator(lambda value: location(value) if isinstance(value, str | Path) else value)
+]
+
+
+def _positive(shares: dict[str, float]) -> dict[str, float]:
+    if wrong := {language: share for language, share in shares.items() if share <= 0}:
+        raise ValueError(f"languages: shares must be positive, got {wrong}; leave a language out instead")
+    return shares
 
 
 class SourceConfig(Settings):
     """One data set and its part in the mixture."""
 
-    path: Path = Field(description="folder of shards with its manifest.json")
+    path: Location = Field(description="folder of shards with its manifest.json, or its URL (s3://bucket/set, ...)")
     split: str = Field("train", description="split of the data set")
     weight: float | None = Field(
         None, gt=0, description="share in the mixture, relative to the other sources; all None: by number of rows"
@@ -21,6 +31,16 @@ class SourceConfig(Settings):
     caption_kinds: dict[str, float] = Field(
         default_factory=dict, description="factors on caption weights by kind, 0 leaves a kind out; others keep theirs"
     )
+
+    languages: dict[str, float] = Field(
+        default_factory=dict,
+        description="languages taken from this source and their shares; none: those of data.languages that it has",
+    )
+
+    @field_validator("languages")
+    @classmethod
+    def _shares(cls, languages: dict[str, float]) -> dict[str, float]:
+        return _positive(languages)
 
     @field_validator("caption_kinds")
     @classmethod
@@ -81,6 +101,11 @@ class DataConfig(Settings):
     captions: Literal["one", "each"] = Field(
         "one", description="one caption a picture in a drawn language, or one in each language"
     )
+    sort_by_length: bool = Field(
+        True,
+        description="with several micro-batches a step: a rank's pairs are cut into them by the length of their "
+        "captions, so that less padding is computed; the step's pairs stay the same",
+    )
     image_size: int = Field(224, ge=8, description="side of the square that pictures become, pixels")
     augment: AugmentConfig = AugmentConfig()
     mixing_window: int = Field(4096, ge=1, description="pairs in which the mixture's shares hold exactly")
@@ -88,6 +113,15 @@ class DataConfig(Settings):
     workers: int = Field(0, ge=0, description="loader processes a rank; 0: a thread of the training process")
     prefetch: int = Field(4, ge=1, description="micro-batches made ahead, each worker")
     row_group_cache_mb: int = Field(256, ge=1, description="encoded row groups kept in memory, MB a source and process")
+    cache_folder: Path | None = Field(
+        None, description="folder on a local disk for row groups of object stores, shared by the machine's processes"
+    )
+    cache_gb: float = Field(50.0, gt=0, description="bound of cache_folder, GB; what was used longest ago leaves first")
+    read_ahead: int = Field(
+        4,
+        ge=0,
+        description="threads a process and source that fetch row groups of object stores before they are needed",
+    )
     picture_cache_mb: int = Field(
         0, ge=0, description="decoded pictures kept for good, MB a process; for sets that fit, of small pictures"
     )
@@ -98,8 +132,16 @@ class DataConfig(Settings):
     def _complete(self) -> Self:
         if not self.languages:
             raise ValueError("languages is empty; name at least one, as in {en: 1, zh: 1}")
-        if wrong := {language: share for language, share in self.languages.items() if share <= 0}:
-            raise ValueError(f"languages: shares must be positive, got {wrong}; leave a language out instead")
+        _positive(self.languages)
+        for number, source in enumerate(self.sources):
+            if unknown := source.languages.keys() - self.languages.keys():
+                raise ValueError(
+                    f"sources.{number}.languages: {sorted(unknown)} are not among data.languages {list(self.languages)}"
+                )
+            if source.languages and self.captions == "each":
+                raise ValueError(
+                    f"sources.{number}.languages is set, and captions: each takes a caption in every language; unset it"
+                )
         given = [source.weight is not None for source in self.sources]
         if any(given) and not all(given):
             raise ValueError("sources: give every source a weight, or none (then they mix by number of rows)")

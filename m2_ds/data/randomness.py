@@ -17,6 +17,8 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 # One number a use; never reuse one.
 MIXING, BLOCKS, ROWS, CAPTION, IMAGE, SUBSTITUTE, SCENE = range(1, 8)
 
+_CHUNK = 1 << 15
+
 
 def hashed(seed: int, stream: int, *counters: Counter) -> np.ndarray:
     """uint64 hashes of (seed, stream, counters); counters broadcast against each other."""
@@ -40,5 +42,16 @@ def uniform(seed: int, stream: int, *counters: Counter) -> np.ndarray:
 
 
 def permutation(n: int, seed: int, stream: int, *counters: int) -> np.ndarray:
-    """A permutation of 0..n-1, int64 [n]."""
-    return np.argsort(hashed(seed, stream, *counters, np.arange(n)), kind="stable")
+    """A permutation of 0..n-1, int64 [n]: by hashes, of which the last bits are replaced by the number itself.
+
+    So no two are equal and any sorting algorithm gives the same: numpy's fastest does, in a quarter of the time of a
+    stable one.
+    """
+    mask = np.uint64((1 << max(0, n - 1).bit_length()) - 1)
+    keys = np.empty(n, dtype=np.uint64)
+    for first in range(0, n, _CHUNK):  # pieces that stay in the processor's cache
+        numbers = np.arange(first, min(n, first + _CHUNK), dtype=np.uint64)
+        keys[first : first + _CHUNK] = (hashed(seed, stream, *counters, numbers) & ~mask) | numbers
+    keys.sort()
+    keys &= mask
+    return keys.view(np.int64)

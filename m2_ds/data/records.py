@@ -7,7 +7,7 @@ from pydantic import Field
 
 from m2_ds.schema import Settings
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # version 1 held its list of shards in manifest.json; it is read as well
 _CAPTION = pa.struct(
     [("text", pa.string()), ("language", pa.string()), ("weight", pa.float32()), ("kind", pa.string())]
 )
@@ -71,15 +71,39 @@ class ShardInfo(Settings):
     row_groups: list[int] = Field(description="rows of each row group, in file order")
     bytes: int = Field(description="size of the file, bytes")
     sha256: str
+    footer: int = Field(0, description="bytes of the file's footer, its length and magic included; 0: not known")
 
 
-class SplitInfo(Settings):
-    """One split: its shards and what is in them."""
+class Count(Settings):
+    """How much of a split comes from one source in one language."""
 
+    source: str
+    language: str
+    pairs: int = Field(description="rows of the source with a caption in the language")
+    captions: int
+
+
+class IndexInfo(Settings):
+    """The table of a split's shards, a Parquet file beside manifest.json (m2_ds.data.index)."""
+
+    file: str
+    shards: int
+    row_groups: int
+    bytes: int
+    sha256: str
+
+
+class _SplitFacts(Settings):
     rows: int
-    shards: list[ShardInfo]
     languages: dict[str, int] = Field(description="captions by language")
     sources: dict[str, int] = Field(description="rows by source")
+
+
+class SplitInfo(_SplitFacts):
+    """One split: where its shards are listed, and what is in them."""
+
+    counts: list[Count] = Field(description="pairs and captions by source and language together")
+    index: IndexInfo
 
 
 class Manifest(Settings):
@@ -88,3 +112,17 @@ class Manifest(Settings):
     schema_version: int
     name: str
     splits: dict[str, SplitInfo]
+
+
+class SplitInfo1(_SplitFacts):
+    """A split of schema version 1, with its list of shards."""
+
+    shards: list[ShardInfo]
+
+
+class Manifest1(Settings):
+    """The content of manifest.json in schema version 1."""
+
+    schema_version: int
+    name: str
+    splits: dict[str, SplitInfo1]

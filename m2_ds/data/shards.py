@@ -1,9 +1,10 @@
 """Image-text pairs on disk: a folder of Parquet shards with a manifest, written atomically and read at random.
 
-    folder/manifest.json                      what there is: rows, row groups, bytes and SHA-256 of every shard
+    folder/manifest.json                      what there is: splits, counts by source and language
+    folder/manifest.<split>.parquet           rows, row groups, bytes and SHA-256 of every shard
     folder/<split>/<split>-00000.parquet      one row a picture, image bytes as they were found
 
-A shard is written aside, synced and renamed; the manifest comes last. A folder without a manifest is not a data set.
+A file is written aside, synced and renamed; the manifest comes last. A folder without a manifest is not a data set.
 """
 
 import hashlib
@@ -17,17 +18,20 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from m2_ds.data.reader import Dataset, Split, open_dataset
+from m2_ds.data.index import ShardIndex, write_index
+from m2_ds.data.reader import MANIFEST, Dataset, Split, index_info, open_dataset
 from m2_ds.data.records import (
     SCHEMA,
     SCHEMA_VERSION,
     Caption,
+    Count,
     HardNegative,
     Manifest,
     Record,
     ShardInfo,
     SplitInfo,
 )
+from m2_ds.data.row_groups import footer_length
 from m2_ds.files import publish, sha256, write_atomically
 
 __all__ = [
@@ -66,6 +70,15 @@ def _check(record: Record) -> None:
             refuse(f"caption {caption.text!r} in language {caption.language!r}: neither may be empty")
         if not 0 < caption.weight < float("inf"):
             refuse(f"caption {caption.text!r} has weight {caption.weight}; weights are positive and finite")
+    texts = [record.key, record.group, record.source, record.license, record.category or ""]
+    described: list[Caption | HardNegative] = [*record.captions, *record.hard_negatives]
+    for one in described:
+        texts += [one.text, one.language, one.kind]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            refuse(f"{text!r} is no Unicode text at character {error.start} (half a surrogate pair); repair the text")
 
 
 class _OpenShard:
@@ -118,6 +131,7 @@ class _OpenShard:
             row_groups=self.row_groups,
             bytes=self.path.stat().st_size,
             sha256=sha256(self.path),
+            footer=footer_length(self.path),
         )
 
     def abandon(self) -> None:
@@ -148,7 +162,7 @@ class ShardWriter:
     ) -> None:
         self.folder, self.name = Path(folder), name
         self.group_rows, self.group_bytes, self.shard_bytes = group_rows, group_bytes, shard_bytes
-        manifest = self.folder / "manifest.json"
+        manifest = self.folder / MANIFEST
         if manifest.exists():
             if not overwrite:
                 raise ValueError(f"{self.folder} already holds a data set; choose another folder or overwrite it")
@@ -156,11 +170,13 @@ class ShardWriter:
             manifest.unlink()
             for split in splits:
                 shutil.rmtree(self.folder / split, ignore_errors=True)
+                (self.folder / index_file(split)).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._open: dict[str, _OpenShard] = {}
         self._shards: dict[str, list[ShardInfo]] = {}
-        self._languages: dict[str, Counter[str]] = {}
         self._sources: dict[str, Counter[str]] = {}
+        self._pairs: dict[str, Counter[tuple[str, str]]] = {}  # by source and language
+        self._captions: dict[str, Counter[tuple[str, str]]] = {}
         self._keys: set[int] = set()
 
     def add(self, split: str, record: Record) -> None:
@@ -186,7 +202,9 @@ class ShardWriter:
             shard = self._open[split] = _OpenShard(path, relative)
         shard.pending.append(record)
         shard.pending_bytes += len(record.image) + sum(len(caption.text) for caption in record.captions)
-        self._languages.setdefault(split, Counter()).update(caption.language for caption in record.captions)
+        cells = [(record.source, caption.language) for caption in record.captions]
+        self._captions.setdefault(split, Counter()).update(cells)
+        self._pairs.setdefault(split, Counter()).update(set(cells))
         self._sources.setdefault(split, Counter())[record.source] += 1
         if len(shard.pending) >= self.group_rows or shard.pending_bytes >= self.group_bytes:
             shard.flush()
@@ -199,21 +217,32 @@ class ShardWriter:
         for split, shard in self._open.items():
             self._shards[split].append(shard.close())
         self._open = {}
+        order = sorted(self._shards, key=lambda split: (split != "train", split))
         manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            name=self.name,
-            splits={
-                split: SplitInfo(
-                    rows=sum(shard.rows for shard in shards),
-                    shards=shards,
-                    languages=dict(sorted(self._languages[split].items())),
-                    sources=dict(sorted(self._sources[split].items())),
-                )
-                for split, shards in sorted(self._shards.items(), key=lambda item: (item[0] != "train", item[0]))
-            },
+            schema_version=SCHEMA_VERSION, name=self.name, splits={split: self._finish(split) for split in order}
         )
-        write_atomically(self.folder / "manifest.json", manifest.model_dump_json(indent=1).encode())
+        write_atomically(self.folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
         return open_dataset(self.folder)
+
+    def _finish(self, split: str) -> SplitInfo:
+        """Write a split's table of shards."""
+        content = write_index(self._shards[split])
+        index = ShardIndex.read(content)
+        write_atomically(self.folder / index_file(split), content)
+        pairs, captions = self._pairs[split], self._captions[split]
+        languages: Counter[str] = Counter()
+        for (_, language), count in captions.items():
+            languages[language] += count
+        return SplitInfo(
+            rows=index.rows,
+            languages=dict(sorted(languages.items())),
+            sources=dict(sorted(self._sources[split].items())),
+            counts=[
+                Count(source=source, language=language, pairs=pairs[source, language], captions=count)
+                for (source, language), count in sorted(captions.items())
+            ],
+            index=index_info(index_file(split), index, content),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -226,3 +255,8 @@ class ShardWriter:
         else:
             for shard in self._open.values():
                 shard.abandon()
+
+
+def index_file(split: str) -> str:
+    """The name of a split's table of shards."""
+    return f"manifest.{split}.parquet"

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from m2_ds.config import RunConfig
-from m2_ds.data.stream import PairBatch
+from m2_ds.data.batch import PairBatch
+from m2_ds.data.pairs import PairDataset
 from m2_ds.engine.flops import StepFlops, peak_tflops
 from m2_ds.engine.optim import lr_scale
 from m2_ds.engine.passes import PHASES
@@ -36,14 +37,25 @@ class Monitor:
     """
 
     def __init__(
-        self, config: RunConfig, mesh: Mesh, step: ContrastiveStep, languages: list[str], start_step: int
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        step: ContrastiveStep,
+        languages: list[str],
+        start_step: int,
+        start_samples: int,
+        stream: PairDataset | None,
     ) -> None:
+        """``start_samples``: pairs that the run has seen before this job; ``stream``: on the first rank."""
         self.config, self.mesh, self.levels, self.languages = config, mesh, step.level_names, languages
         self.clock = step.clock
         self.flops = StepFlops(config.model)
         self.peak = config.log.peak_tflops or peak_tflops(mesh.device)
         self.sinks = _Sinks(config, start_step) if mesh.is_first else None
-        self.skipped_in_all: Counter[str] = Counter(self.sinks.skipped if self.sinks else {})
+        self.start_step, self.start_samples, self.stream = start_step, start_samples, stream
+        before = self.sinks.before if self.sinks else {}
+        self.skipped_in_all: Counter[str] = Counter(before.get("skipped", {}))
+        self.other_language_in_all: int = before.get("other_language", 0)
         self._reset(time.perf_counter())
 
     def __enter__(self) -> Self:
@@ -58,6 +70,7 @@ class Monitor:
     def _reset(self, now: float) -> None:
         self.results: list[StepResult] = []
         self.skipped: Counter[str] = Counter()
+        self.other_language = 0
         self.operations = 0.0
         self.waited = 0.0
         self.started = now
@@ -74,6 +87,7 @@ class Monitor:
         for batch in batches:
             captions, pairs, length = batch.ids.shape
             self.skipped.update(batch.skipped)
+            self.other_language += batch.other_language
             self.operations += self.flops(pairs, captions * pairs, length)
         self.waited += waited
         if (step + 1) % self.config.log.every == 0 or self.config.checkpoint_due(step + 1):
@@ -97,7 +111,8 @@ class Monitor:
         # Model-parallel ranks read the same pairs, and share the arithmetic of them.
         mesh = self.mesh
         alone = mesh.tensor.is_first and mesh.pipeline.is_first
-        own = (dict(self.skipped) if alone else {}, _memory_gb(mesh.device), _bubble(phases))
+        skipped, other = (dict(self.skipped), self.other_language) if alone else ({}, 0)
+        own = (skipped, other, _memory_gb(mesh.device), _bubble(phases))
         everyone = all_gather_objects(own, mesh.world)
         tflops = self.operations / (mesh.tensor.size * mesh.pipeline.size) / seconds / 1e12
         norms = [float(r.grad_norm) for r in self.results if r.grad_norm is not None]
@@ -105,7 +120,7 @@ class Monitor:
         weights = [w for w in (self.config.loss.unimodal_weight, self.config.loss.vl_weight) if w > 0]
         numbers: dict[str, Any] = {
             "step": done,
-            "samples": done * self.config.global_batch,
+            "samples": self._samples(done),
             "loss": sum(w * float(x) for w, x in zip(weights, by_level)),
             **{f"loss/{name}": float(x) for name, x in zip(self.levels, by_level)},
             **{f"loss/{lang}": float(x) for lang, x in zip(self.languages, loss.mean(0) / count)},
@@ -118,7 +133,7 @@ class Monitor:
             "data_wait_share": self.waited / seconds,
             "tflops": tflops,
             "mfu": tflops / self.peak if self.peak else None,
-            "memory_gb": max(memory for _, memory, _ in everyone),
+            "memory_gb": max(memory for _, _, memory, _ in everyone),
             "contrastive_batch": int(last.contrastive_batch),
             "repeated_share": sum(float(r.repeated) for r in self.results)
             * group.size
@@ -128,10 +143,14 @@ class Monitor:
             "communication_share": sum(held_up.values()) / seconds,
         }
         if self.mesh.pipeline.size > 1:
-            numbers["bubble_share"] = sum(bubble for _, _, bubble in everyone) / len(everyone)
-        for skipped, _, _ in everyone:
-            self.skipped_in_all.update(skipped)
+            numbers["bubble_share"] = sum(bubble for *_, bubble in everyone) / len(everyone)
+        for replaced, other, _, _ in everyone:
+            self.skipped_in_all.update(replaced)
+            self.other_language_in_all += other
         numbers["skipped"] = dict(self.skipped_in_all)
+        numbers["other_language"] = self.other_language_in_all
+        if self.stream is not None:
+            numbers |= {f"epochs/{name}": x for name, x in self.stream.epochs(self._samples(done)).items()}
         if self.sinks:
             self.sinks.write(numbers)
         # DeepSpeed's own mark of a norm that is not finite is inf or -1, by stage; some stages then leave the step out.
@@ -144,6 +163,17 @@ class Monitor:
             )
         return now
 
+    def _samples(self, done: int) -> int:
+        """Pairs that the run has seen after step number ``done`` (from 1)."""
+        return self.start_samples + (done - self.start_step) * self.config.global_batch
+
+    def finish(self) -> None:
+        """Say what the run has seen in all."""
+        if self.sinks and self.stream is not None:
+            samples = self._samples(self.config.steps)
+            epochs = {f"epochs/{name}": x for name, x in self.stream.epochs(samples).items()}
+            self.sinks.say(f"done: {self.config.steps} steps, {samples} pairs, {_epochs(epochs)}")
+
     def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         if self.sinks:
             self.sinks.scalars(step, {f"evaluation/{name}": value for name, value in metrics.items()})
@@ -155,7 +185,7 @@ class _Sinks:
     def __init__(self, config: RunConfig, start_step: int) -> None:
         folder = config.folder
         path = folder / "log.jsonl"
-        self.skipped = _forget_after(path, start_step)
+        self.before = _forget_after(path, start_step)
         self.file = path.open("a", encoding="utf-8")
         # Viewers hide points of earlier starts from this step on.
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
@@ -188,6 +218,9 @@ class _Sinks:
         self.progress.update(self.task, completed=numbers["step"], description=line)
         if not self.live:
             print(f"step {numbers['step']}/{self.steps}  {line}", flush=True)
+
+    def say(self, line: str) -> None:
+        self.progress.console.print(line, highlight=False, soft_wrap=True) if self.live else print(line, flush=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -229,32 +262,41 @@ def _line(numbers: dict[str, Any]) -> str:
     if any(name.startswith("sent_mb/") for name in numbers):
         parts.append(f"comm {100 * numbers['communication_share']:.0f}%")
     parts += [f"scale {scale:.1f}", f"{numbers['memory_gb']:.1f} GB"]
+    if epochs := {name: x for name, x in numbers.items() if name.startswith("epochs/")}:
+        parts.append(_epochs(epochs))
+    if numbers["other_language"]:
+        parts.append(f"other language {numbers['other_language']}")
     if numbers["skipped"]:
         parts.append("skipped " + ", ".join(f"{v} {k}" for k, v in numbers["skipped"].items()))
     return "  ".join(parts)
+
+
+def _epochs(numbers: dict[str, float]) -> str:
+    """'epochs emoji 3.27, scenes 0.51' from the fields of a log line."""
+    return "epochs " + ", ".join(f"{name.removeprefix('epochs/')} {x:.2f}" for name, x in numbers.items())
 
 
 def _language_names(numbers: dict[str, Any]) -> list[str]:
     return [n for n in numbers if n.startswith("loss/") and n not in ("loss/unimodal", "loss/vl")]
 
 
-def _forget_after(path: Path, step: int) -> dict[str, int]:
+def _forget_after(path: Path, step: int) -> dict[str, Any]:
     """Drop lines past the step a run goes on from: they will be written again. A line cut short by a crash goes, too.
 
-    Returns the pairs skipped by then, by reason.
+    Returns the last line that is left: some of its numbers count from the beginning of the run.
     """
     kept: list[str] = []
-    skipped: dict[str, int] = {}
+    last: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
             if entry["step"] <= step:
                 kept.append(line + "\n")
-                skipped = entry.get("skipped", skipped)
+                last = entry
         except (json.JSONDecodeError, KeyError, TypeError):
             log.warning("%s: a line that is not a log entry was dropped: %.60r", path, line)
     write_atomically(path, "".join(kept).encode())
-    return skipped
+    return last
 
 
 def _start_wandb(config: RunConfig) -> Any:

@@ -5,6 +5,7 @@ import importlib.util
 from m2_ds.config import RunConfig
 from m2_ds.data.reader import open_dataset
 from m2_ds.data.text import Tokenizer, load_tokenizer
+from m2_ds.evaluation.sources import open_source
 
 
 def check(config: RunConfig) -> Tokenizer:
@@ -20,6 +21,6 @@ def check(config: RunConfig) -> Tokenizer:
     for source in config.data.sources:
         open_dataset(source.path).split(source.split)
     for task in config.evaluation.tasks:
-        for split in task.splits:
-            open_dataset(task.dataset).split(split)
+        for part in task.parts:
+            open_source(task, part)
     return tokenizer

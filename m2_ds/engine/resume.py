@@ -14,12 +14,22 @@ import yaml
 
 from m2_ds.config import RunConfig
 from m2_ds.convert.canonical import read_stretch, read_weights
-from m2_ds.convert.run_folder import CHECKPOINTS, MODEL, OPTIMIZER, SETTINGS, STATE, checkpoint_steps, newest_good
+from m2_ds.convert.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    MODEL,
+    OPTIMIZER,
+    SETTINGS,
+    STATE,
+    checkpoint_steps,
+    newest_good,
+)
+from m2_ds.data.reader import open_dataset
 from m2_ds.data.text import Tokenizer, load_tokenizer
 from m2_ds.engine.optim import lr_scale
 from m2_ds.engine.optimizer_state import OptimizerState
-from m2_ds.files import sha256
 from m2_ds.model.encoder import M2Encoder
+from m2_ds.model.weights import has_adapters
 from m2_ds.parallel.collectives import broadcast_object
 from m2_ds.parallel.mesh import Mesh
 
@@ -27,14 +37,15 @@ log = logging.getLogger(__name__)
 
 # What a run cannot change on its way: the position in the stream, weights or optimizer state would not fit.
 _FIXED = re.compile(
-    r"seed|global_batch|engine\.precision|optim\.(kind|rules(\..*)?)|loss\.(unimodal|vl)_weight"
+    r"seed|lora(\..*)?|engine\.precision|optim\.(kind|rules(\..*)?)|loss\.(unimodal|vl)_weight"
     r"|model\.(?!drop_path|patch_drop|recompute|position_std)\w+"
 )
 # What has no effect on the numbers but for rounding.
 _FREE = re.compile(
     r"folder|init_from|init_pictures|tokenizer|micro_batch|model\.(recompute|position_std)"
     r"|(engine|checkpoint|log|evaluation)(\..*)?|parallel\.(?!contrast_group).*"
-    r"|data\.(workers|prefetch|row_group_cache_mb|picture_cache_mb|sources\.\d+\.path)"
+    r"|data\.(workers|prefetch|row_group_cache_mb|picture_cache_mb|cache_folder|cache_gb|read_ahead|sort_by_length)"
+    r"|data\.sources\.\d+\.path"
 )
 
 
@@ -49,9 +60,26 @@ def layout(mesh: Mesh, zero_stage: int) -> dict[str, int]:
     }
 
 
-def data_digests(config: RunConfig) -> list[str]:
-    """SHA-256 of each source's manifest, which holds the checksums of its shards."""
-    return [sha256(source.path / "manifest.json") for source in config.data.sources]
+def samples(checkpoint: Path) -> int:
+    """Pairs that the run has seen by a checkpoint: the stream goes on with the next."""
+    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["samples"])
+
+
+def _check_data(checkpoint: Path, state: dict[str, Any], config: RunConfig) -> None:
+    """Refuse other data than the run has read so far: of it, the number of pairs seen does not say what is left."""
+    now = [open_dataset(source.path).digest for source in config.data.sources]
+    if state["data"] == now:
+        return
+    different = [
+        f"data.sources.{number} ({source.path})"
+        for number, source in enumerate(config.data.sources)
+        if number >= len(state["data"]) or state["data"][number] != now[number]
+    ]
+    raise ValueError(
+        f"{checkpoint} was trained on other data: {', '.join(different) or 'fewer sources are given'}: the manifest is "
+        "not the one that was read. Put the data sets back as they were (data.sources.N.path may be another place), "
+        f"or start a new run folder (folder=...) with init_from={checkpoint / MODEL}"
+    )
 
 
 def find(config: RunConfig, mesh: Mesh) -> Path | None:
@@ -101,9 +129,8 @@ def check(checkpoint: Path, config: RunConfig, tokenizer: Tokenizer, now: dict[s
             f"{config.tokenizer} is not the tokenizer that {checkpoint} was trained with. "
             f"Set tokenizer={checkpoint / MODEL}, or start a new run folder (folder=...)"
         )
+    _check_data(checkpoint, state, config)
     noted = [told[name] for name in differing if not _FREE.fullmatch(name)]
-    if state["data"] != data_digests(config):
-        noted.append("the content of a data source is another one")
     if (groups := state["layout"]["contrast_groups"]) != now["contrast_groups"]:
         noted.append(f"pairs were compared in {groups} contrast group(s), are now in {now['contrast_groups']}")
     if state["layout"] != now:
@@ -125,6 +152,10 @@ def restore(engine: Any, model: M2Encoder, checkpoint: Path, config: RunConfig, 
     state.begin(updates)
     for name, part in state.folders(checkpoint).items():
         tensors = read_weights(part)
+        if name is None and has_adapters(model):
+            from m2_ds.model.lora import read_adapters  # peft is imported where it is asked for
+
+            tensors |= read_adapters(checkpoint / ADAPTER)
         for inner, parameter in model.named_parameters():
             if parameter.requires_grad and state.has(parameter, name):
                 state.put(parameter, name, partial(read_stretch, inner, parameter, tensors))
@@ -135,7 +166,7 @@ def restore(engine: Any, model: M2Encoder, checkpoint: Path, config: RunConfig, 
         group["lr"] = group["initial_lr"] * factor
     scheduler._last_lr = [group["lr"] for group in engine.optimizer.param_groups]
     engine.global_steps, engine.skipped_steps = step, step - updates
-    engine.global_samples = step * engine.train_batch_size()
+    engine.global_samples = about["samples"]
     engine.micro_steps = step * engine.gradient_accumulation_steps()
 
 

@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 from m2_ds.config import RunConfig
-from m2_ds.data.stream import PairBatch, build_loader
 from m2_ds.data.text import Tokenizer
 from m2_ds.engine import checkpoint
+from m2_ds.engine.batches import StepBatches
 from m2_ds.engine.monitor import Monitor
 from m2_ds.engine.step import ContrastiveStep
 from m2_ds.files import write_json
@@ -40,44 +40,36 @@ class Trainer:
         self.languages = list(config.data.languages)
         self.step = ContrastiveStep(engine, config, mesh, len(self.languages))
 
-    def run(self, start: int) -> None:
+    def run(self, start: int, samples: int) -> None:
+        """``start``, ``samples``: steps that were done, and pairs that the run has seen, before this job."""
         config, mesh = self.config, self.mesh
         if start:
             log.info("going on after step %d of %d", start, config.steps)
-        micro_batch, accumulation = config.batch_shape(mesh.data_parallel.size)
-        loader = build_loader(
-            config.data,
-            self.tokenizer,
-            global_batch=config.global_batch,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            seed=config.seed,
-            start_step=start,
-            rank=mesh.data_parallel.rank,
-            world_size=mesh.data_parallel.size,
-        )
-        with Monitor(config, mesh, self.step, self.languages, start) as monitor:
-            if start and config.evaluation_due(start) and not self._evaluated(start):
-                self._evaluate(start, monitor)  # the job ended between this checkpoint and its evaluation
-            if start >= config.steps:
-                return
-            self.engine.train()
-            # Closed on an error, too: a loader that still works while Python goes down may abort the process.
-            with contextlib.closing(cast(Generator[PairBatch, None, None], iter(loader))) as batches:
+        with contextlib.closing(StepBatches(config, mesh, self.tokenizer, samples)) as batches:
+            stream = batches.stream
+            with Monitor(config, mesh, self.step, self.languages, start, samples, stream) as monitor:
+                if start and config.evaluation_due(start) and not self._evaluated(start):
+                    self._evaluate(start, monitor)  # the job ended between this checkpoint and its evaluation
+                self.engine.train()
                 for step in range(start, config.steps):
                     asked = time.perf_counter()
-                    pairs = [next(batches).to(mesh.device) for _ in range(accumulation)]
+                    pairs = next(batches)
                     waited = time.perf_counter() - asked
                     monitor.add(step, pairs, self.step(pairs), waited)
+                    samples += config.global_batch
                     paused = time.perf_counter()
                     with mesh.traffic.left_out():
-                        self._between(step + 1, monitor)
+                        self._between(step + 1, monitor, None if stream is None else stream.state(samples))
                     monitor.pause(time.perf_counter() - paused)
+                monitor.finish()
 
-    def _between(self, done: int, monitor: Monitor) -> None:
-        """Checkpoint and evaluation, where step number ``done`` (from 1) calls for them."""
+    def _between(self, done: int, monitor: Monitor, stream: dict[str, Any] | None) -> None:
+        """Checkpoint and evaluation, where step number ``done`` (from 1) calls for them.
+
+        ``stream``: where it stands, on ranks that read it.
+        """
         if self.config.checkpoint_due(done):
-            path = checkpoint.save(self.engine, self.model, done, self.config, self.tokenizer, self.mesh)
+            path = checkpoint.save(self.engine, self.model, done, self.config, self.tokenizer, self.mesh, stream)
             log.info("checkpoint %s", path)
         if self.config.evaluation_due(done):
             self._evaluate(done, monitor)

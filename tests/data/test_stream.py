@@ -81,7 +81,7 @@ def test_ranks_and_micro_batches_cut_the_same_global_batch(
                 rank=rank,
                 world_size=world_size,
                 accumulation=accumulation,
-                start_step=start,
+                start_sample=8 * start,
             )
             for rank in range(world_size)
         ]
@@ -94,7 +94,7 @@ def test_ranks_and_micro_batches_cut_the_same_global_batch(
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(folder: Path, reference: list[list[tuple[Any, ...]]], workers: int) -> None:
     assert [rows(batch) for batch in batches(config(folder, workers=workers), 6)] == reference
-    later = batches(config(folder, workers=workers), 2, start_step=4)
+    later = batches(config(folder, workers=workers), 2, start_sample=32)
     assert [rows(batch) for batch in later] == reference[4:]
 
 

@@ -17,7 +17,7 @@ from m2_ds.parallel.config import ParallelConfig
 from m2_ds.parallel.mesh import Mesh
 
 # Of a log line, what two runs of the same settings must agree on; the rest is time and memory.
-EXACT = ("step", "samples", "loss", "lr", "grad_norm", "logit_scale", "skipped")
+EXACT = ("step", "samples", "loss", "lr", "grad_norm", "logit_scale", "skipped", "other_language", "epochs")
 
 
 def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -103,13 +103,16 @@ def compare_checkpoints(one: Path, other: Path) -> None:
 
 def write_again(mesh: Mesh, trees: Sequence[dict[str, Any]]) -> list[str | None]:
     """Each run restored from its newest checkpoint, which it writes anew at once: nothing is trained in between."""
+    from m2_ds.data.pairs import PairDataset
     from m2_ds.engine import checkpoint
     from m2_ds.engine.trainer import Trainer
 
+    def save(trainer: Trainer, start: int, samples: int) -> None:
+        stream = PairDataset(trainer.config.data, trainer.tokenizer, trainer.config.seed).state(samples)
+        checkpoint.save(trainer.engine, trainer.model, start, trainer.config, trainer.tokenizer, trainer.mesh, stream)
+
     original = Trainer.run
-    Trainer.run = lambda self, start: checkpoint.save(  # type: ignore[method-assign, assignment]
-        self.engine, self.model, start, self.config, self.tokenizer, self.mesh
-    )
+    Trainer.run = save  # type: ignore[method-assign]
     try:
         return train_all(mesh, trees)
     finally:

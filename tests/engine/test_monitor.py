@@ -22,7 +22,17 @@ from tests.engine.jobs import Interrupted, changed, config_of, curve, log_lines,
 FIELDS = {
     *("step", "samples", "loss", "loss/unimodal", "loss/vl", "loss/en", "loss/zh", "lr", "grad_norm"),
     *("logit_scale/unimodal", "logit_scale/vl", "samples_per_s", "step_s", "data_wait_s", "data_wait_share"),
-    *("tflops", "mfu", "memory_gb", "skipped", "contrastive_batch", "repeated_share", "communication_share"),
+    *(
+        "tflops",
+        "mfu",
+        "memory_gb",
+        "skipped",
+        "other_language",
+        "epochs/shapes",
+        "contrastive_batch",
+        "repeated_share",
+        "communication_share",
+    ),
     *(f"seconds/{phase}" for phase in PHASES),
 }
 
@@ -123,7 +133,7 @@ def test_lines_past_a_step_and_torn_lines_are_forgotten(tmp_path: Path, caplog: 
     text = "\n".join([*map(json.dumps, kept), *torn, json.dumps({"step": 6, "skipped": {"broken": 9}})])
     path.write_bytes(text.encode() + "\n\u4e2d".encode()[:-1])
     with caplog.at_level(logging.WARNING):
-        assert _forget_after(path, 4) == {"broken": 3}
+        assert _forget_after(path, 4) == kept[-1]
     assert [json.loads(line) for line in path.read_text().splitlines()] == kept
     assert caplog.text.count("was dropped") == len(torn) + 1
     assert _forget_after(tmp_path / "other.jsonl", 4) == {}

@@ -1,7 +1,6 @@
 """Looking at a data set from the console: what it holds, and whether its files are whole."""
 
 from collections import Counter
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -26,11 +25,11 @@ def show_counts(dataset: Dataset) -> None:
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
-def inspect(folder: Positional[Path], *, samples: int = 3) -> None:
+def inspect(folder: Positional[str], *, samples: int = 3) -> None:
     """Print what a data set holds: counts, kinds of captions, sizes, licences, and a few records of every split.
 
     Args:
-        folder: the data set's folder, with its manifest.json.
+        folder: the data set's folder, with its manifest.json, or its URL.
         samples: records shown of every split.
     """
     dataset = open_dataset(folder)
@@ -59,17 +58,17 @@ def _shown(counts: Counter[str], most: int = 5) -> str:
     return ", ".join(parts) + (f" and {len(counts) - most} more" if len(counts) > most else "")
 
 
-def verify(folder: Positional[Path]) -> None:
+def verify(folder: Positional[str]) -> None:
     """Read every shard of a data set and compare its checksum with the manifest's.
 
     Args:
-        folder: the data set's folder, with its manifest.json.
+        folder: the data set's folder, with its manifest.json, or its URL.
 
     Raises:
         ValueError: the first shard that is missing, cut short or changed, by name.
     """
     dataset = open_dataset(folder)
-    shards = [shard for name in dataset.splits for shard in dataset.split(name).info.shards]
+    shards = [shard for name in dataset.splits for shard in dataset.index(name)]
     for shard in track(shards, "verifying", total=len(shards)):
         dataset.verify_shard(shard)
     print(f"{folder}: {len(shards)} shards are whole")
