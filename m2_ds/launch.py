@@ -1,4 +1,4 @@
-"""Starting the training job on this machine through the deepspeed launcher, as a user would type it."""
+"""Starting jobs on this machine through the deepspeed launcher, as a user would type it."""
 
 import os
 import shlex
@@ -17,16 +17,27 @@ def ranks_of_this_machine() -> int:
 
 
 def train_command(recipe: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
-    return [*launcher, "--module", "m2_ds.train", "--config", str(recipe), *overrides]
+    return [*_launcher(ranks), "--module", "m2_ds.train", "--config", str(recipe), *overrides]
 
 
 def train(recipe: Path, ranks: int | None, overrides: Sequence[str]) -> int:
     """Run the job to its end; returns its exit code. ``ranks`` None: as many as this machine is good for."""
-    command = train_command(recipe, ranks or ranks_of_this_machine(), overrides)
+    return _start(train_command(recipe, ranks or ranks_of_this_machine(), overrides))
+
+
+def evaluate(request: Path, ranks: int) -> int:
+    """Carry out a request of `m2_ds.evaluate` on several ranks; returns the exit code."""
+    return _start([*_launcher(ranks), "--no_local_rank", "--module", "m2_ds.evaluate", str(request)])
+
+
+def _launcher(ranks: int) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
+
+
+def _start(command: list[str]) -> int:
     print("$", shlex.join(["deepspeed", *command[3:]]), flush=True)
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")  # engine.threads sets torch's own

@@ -3,28 +3,35 @@
 Shapes: N pictures, U different texts of a language, C captions (a caption is a text listed by a picture), E embedding.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import hashlib
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 
-from m2_ds.data.image import decode
-from m2_ds.data.progress import track
-from m2_ds.data.shards import Split
-from m2_ds.files import publish
-from m2_ds.parallel.collectives import all_gather_rows
+from m2_ds.data.image import PictureError, decode
+from m2_ds.evaluation.batches import compute
+from m2_ds.evaluation.cache import Store
+from m2_ds.evaluation.sources import Decode, Source
 from m2_ds.parallel.mesh import SOLO, Group
 
-IMAGES_FILE, TEXTS_FILE = "images.parquet", "texts.parquet"
+# Pictures in a forward pass. On a CPU larger batches leave its caches: 256 took a fifth more time than 16, for a model
+# of 192 as of 384 wide.
+CPU_BATCH, GPU_BATCH = 16, 256
+TEXTS_A_PICTURE = 4  # a caption has a fraction of a picture's tokens
+BROKEN = -1  # marks a picture that can't be decoded; pixels are numbers from 0 on
+
+log = logging.getLogger(__name__)
+
+
+def default_batch(device: torch.device | str) -> int:
+    """Pictures in a forward pass where nothing else was asked for."""
+    return CPU_BATCH if torch.device(device).type == "cpu" else GPU_BATCH
 
 
 class Model(Protocol):
@@ -86,8 +93,18 @@ class Listing:
         text, owner = np.array(list(pairs), dtype=np.int64).reshape(-1, 2).T.copy()
         return list(rows), torch.from_numpy(text), torch.from_numpy(owner)
 
+    def only(self, rows: Sequence[int]) -> "Listing":
+        """The listing of some of its pictures."""
+        return Listing(
+            [self.keys[row] for row in rows],
+            [self.groups[row] for row in rows],
+            [self.categories[row] for row in rows],
+            [self.captions[row] for row in rows],
+            [self.hard_negatives[row] for row in rows],
+        )
 
-def list_split(split: Split, limit: int | None = None) -> Listing:
+
+def list_split(split: Source, limit: int | None = None) -> Listing:
     """Read everything but the pictures of a split's first `limit` rows."""
     columns = ["key", "group", "category", "captions", "hard_negatives"]
     rows = [row for row, _ in zip(split.iter(columns), range(len(split) if limit is None else limit))]
@@ -103,7 +120,7 @@ def list_split(split: Split, limit: int | None = None) -> Listing:
 def embed_split(
     model: Model,
     processor: Processor,
-    split: Split,
+    split: Source,
     batch_size: int,
     device: torch.device | str,
     languages: Sequence[str],
@@ -112,8 +129,11 @@ def embed_split(
     limit: int | None = None,
     threads: int = 2,
     group: Group = SOLO,
+    read_picture: Decode = decode,
 ) -> Embeddings:
     """Embed a split's pictures and its captions of the given languages (and kinds; None: all).
+
+    `batch_size`: pictures in one forward pass, and four times as many texts.
 
     Every rank of `group` must call it; each computes its share and all hold the whole. Raises ValueError for a picture
     that can't be decoded and for a language without captions.
@@ -127,47 +147,69 @@ def embed_split(
                 f"split {split.name!r} of {split.folder} has no captions in {language!r}"
                 f"{'' if caption_kinds is None else f' of kinds {list(caption_kinds)}'}; it has {dict(split.languages)}"
             )
-        features = embed_texts(model, processor, different, batch_size, device, group=group, what=f"texts {language}")
+        features = embed_texts(
+            model, processor, different, TEXTS_A_PICTURE * batch_size, device, group=group, what=f"texts {language}"
+        )  # fmt: skip
         texts[language] = TextEmbeddings(different, features, text, owner)
-    image = embed_images(model, processor, split, len(listing.keys), batch_size, device, threads=threads, group=group)
+    image, _ = embed_images(
+        model, processor, split, len(listing.keys), batch_size, device,
+        threads=threads, group=group, read_picture=read_picture,
+    )  # fmt: skip
     return Embeddings(image, listing.keys, listing.groups, listing.categories, texts)
 
 
 def embed_images(
     model: Model,
     processor: Processor,
-    split: Split,
+    split: Source,
     count: int,
     batch_size: int,
     device: torch.device | str,
     *,
     threads: int = 2,
     group: Group = SOLO,
-) -> Tensor:
-    """fp32 [count, E] of the first `count` pictures; reading and decoding run ahead in `threads` threads."""
-    share = -(-count // group.size)
-    # Ranks at the end repeat the last picture: partitioned weights need every rank to run as often as the others.
-    rows = [min(group.rank * share + i, count - 1) for i in range(share)]
-    batches = [rows[first : first + batch_size] for first in range(0, share, batch_size)]
+    read_picture: Decode = decode,
+    skip_broken: bool = False,
+    store: Store | None = None,
+) -> tuple[Tensor, Tensor]:
+    """fp32 [count, E] of the first `count` pictures, and which of them are whole (bool [count]).
 
-    def load(batch: list[int]) -> Tensor:
-        pictures = []
-        for record in split.read(batch):
+    Reading and decoding run ahead in `threads` threads. Pictures of equal pixels get the same vector to the last bit,
+    whatever batches they were in, so that they tie. A picture that can't be decoded raises ValueError, or with
+    `skip_broken` is not whole.
+    """
+
+    def load(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        images, marks = [], []
+        for record in split.read(rows):
             try:
-                pictures.append(decode(record.image))
-            except (ValueError, OSError) as error:
-                raise ValueError(
-                    f"picture {record.key!r} of split {split.name!r} in {split.folder} can't be decoded ({error}): "
-                    "evaluation leaves nothing out, so build the data set without it"
-                ) from error
-        return processor.images(pictures)
+                images.append(processor.images([read_picture(record.image)]))  # one by one: a decoded one can be large
+                marks.append(_pixels(images[-1]))
+            except PictureError as error:
+                if not skip_broken:
+                    raise ValueError(
+                        f"picture {record.key!r} of split {split.name!r} in {split.folder} can't be decoded ({error}): "
+                        "evaluation leaves nothing out unless skip_broken is set; replace the picture, or take it out"
+                    ) from error
+                log.warning("picture %r of %s is left out: %s", record.key, split.folder, error)
+                images.append(processor.images([Image.new("RGB", (8, 8))]))
+                marks.append(BROKEN)
+        return torch.cat(images), torch.tensor(marks)
 
-    what = f"pictures {split.name}"
-    found = []
-    with torch.no_grad(), ThreadPoolExecutor(threads) as pool:
-        for images in _show(_ahead(pool, load, batches, threads + 1), what, len(batches), group):
-            found.append(model.encode_image(images.to(device)).float())
-    return _gather(torch.cat(found), group)[:count].cpu()
+    def encode(loaded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, marks = loaded
+        return model.encode_image(images.to(device)).float(), marks
+
+    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    found = compute(
+        batches, load, encode, what=f"pictures {split.name}", threads=threads, group=group, store=store
+    )  # fmt: skip
+    whole = found.marks != BROKEN
+    if not skip_broken and not bool(whole.all()):  # an earlier evaluation skipped it: say which one it is
+        load((~whole).nonzero().flatten().tolist())
+    first: dict[int, int] = {}
+    same = [first.setdefault(mark, row) for row, mark in enumerate(found.marks.tolist())]
+    return found.features[same], whole
 
 
 def embed_texts(
@@ -179,108 +221,36 @@ def embed_texts(
     *,
     group: Group = SOLO,
     what: str = "texts",
+    store: Store | None = None,
 ) -> Tensor:
-    """fp32 [U, E], in the order of `texts`; texts of like length share a batch, so that little is padded."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row].encode()))
-    share = -(-len(texts) // group.size)
-    mine = [order[min(i * group.size + group.rank, len(texts) - 1)] for i in range(share)]
-    found = []
-    with torch.no_grad():
-        for first in _show(range(0, share, batch_size), what, -(-share // batch_size), group):
-            ids, mask = processor.texts([texts[row] for row in mine[first : first + batch_size]])
-            found.append(model.encode_text(ids.to(device), mask.to(device)).float())
-    by_rank = _gather(torch.cat(found), group).cpu()
-    by_length = by_rank.view(group.size, share, -1).transpose(0, 1).reshape(group.size * share, -1)[: len(texts)]
-    features = torch.empty_like(by_length)
-    features[torch.tensor(order)] = by_length
-    return features
+    """fp32 [U, E], in the order of `texts`; texts of like length share a batch, so that little is padded.
+
+    Texts that are the same tokens get the same vector to the last bit.
+    """
+    ids, mask = processor.texts(texts)
+    lengths = mask.sum(1).tolist()
+    first: dict[bytes, int] = {}
+    same = [
+        first.setdefault(row[:length].numpy().tobytes(), place) for place, (row, length) in enumerate(zip(ids, lengths))
+    ]
+    different = sorted(set(same), key=lambda row: (lengths[row], row))
+
+    def load(places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows = [different[place] for place in places]
+        longest = max(lengths[row] for row in rows)
+        return ids[rows, :longest], mask[rows, :longest]
+
+    def encode(loaded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        ids, mask = loaded
+        return model.encode_text(ids.to(device), mask.to(device)).float(), torch.zeros(len(ids), dtype=torch.int64)
+
+    count = len(different)
+    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    features = compute(batches, load, encode, what=what, group=group, store=store).features
+    place_of = {row: place for place, row in enumerate(different)}
+    return features[[place_of[row] for row in same]]
 
 
-def write_embeddings(embeddings: Embeddings, folder: Path) -> None:
-    """`images.parquet` (key, group, category, embedding) and `texts.parquet` (language, text, keys, embedding)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    images = {
-        "key": pa.array(embeddings.keys, pa.string()),
-        "group": pa.array(embeddings.groups, pa.string()),
-        "category": pa.array(embeddings.categories, pa.string()),
-        "embedding": _vectors(embeddings.image),
-    }
-    _write_table(pa.table(images), folder / IMAGES_FILE)
-    parts = []
-    for language, texts in embeddings.texts.items():
-        owners: list[list[str]] = [[] for _ in texts.texts]
-        for text, owner in zip(texts.text.tolist(), texts.owner.tolist()):
-            owners[text].append(embeddings.keys[owner])
-        columns = {
-            "language": pa.array([language] * len(texts.texts), pa.string()),
-            "text": pa.array(texts.texts, pa.string()),
-            "keys": pa.array(owners, pa.list_(pa.string())),
-            "embedding": _vectors(texts.features),
-        }
-        parts.append(pa.table(columns))
-    if parts:
-        _write_table(pa.concat_tables(parts), folder / TEXTS_FILE)
-
-
-def read_embeddings(folder: Path) -> Embeddings:
-    """What `write_embeddings` wrote. Raises ValueError that names a file which is missing or not of this form."""
-    images = _read_table(folder / IMAGES_FILE, ("key", "group", "category", "embedding"))
-    keys = images.column("key").to_pylist()
-    rows = {key: row for row, key in enumerate(keys)}
-    texts: dict[str, TextEmbeddings] = {}
-    if (folder / TEXTS_FILE).exists():
-        table = _read_table(folder / TEXTS_FILE, ("language", "text", "keys", "embedding"))
-        languages = table.column("language").to_pylist()
-        for language in dict.fromkeys(languages):
-            part = table.filter(pa.array([other == language for other in languages]))
-            pairs = [(text, rows[key]) for text, owners in enumerate(part.column("keys").to_pylist()) for key in owners]
-            text, owner = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()
-            texts[language] = TextEmbeddings(part.column("text").to_pylist(), _tensor(part), text, owner)
-    return Embeddings(
-        _tensor(images), keys, images.column("group").to_pylist(), images.column("category").to_pylist(), texts
-    )
-
-
-def _ahead(pool: ThreadPoolExecutor, load: Any, batches: Sequence[list[int]], depth: int) -> Iterator[Tensor]:
-    """Results in order, `depth` of them in the making."""
-    waiting: deque[Future[Tensor]] = deque()
-    for batch in batches:
-        waiting.append(pool.submit(load, batch))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _show(items: Any, what: str, total: int, group: Group) -> Iterator[Any]:
-    """Progress in batches, on the first rank."""
-    return track(items, f"embedding {what} (batches)", total=total) if group.is_first else iter(items)
-
-
-def _gather(mine: Tensor, group: Group) -> Tensor:
-    return all_gather_rows(mine, group, "embeddings")
-
-
-def _vectors(features: Tensor) -> pa.Array:
-    flat = pa.array(features.float().contiguous().view(-1).numpy())
-    return pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
-
-
-def _tensor(table: pa.Table) -> Tensor:
-    column = table.column("embedding").combine_chunks()
-    chunk = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    flat = chunk.flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(flat.copy()).view(len(table), -1)
-
-
-def _write_table(table: pa.Table, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    pq.write_table(table, aside, compression={n: "none" if n == "embedding" else "zstd" for n in table.column_names})
-    publish(aside, path)
-
-
-def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=list(columns))
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise ValueError(f"{path} holds no embeddings ({error}): write them with `m2 embed`") from None
+def _pixels(image: Tensor) -> int:
+    """63 bits that stand for a picture's pixels."""
+    return int.from_bytes(hashlib.blake2b(image.contiguous().numpy().data, digest_size=8).digest()) >> 1

@@ -6,16 +6,16 @@ Everything is JSON-able; pictures are numbers that stand for small data URIs, ea
 import base64
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
 from m2_ds.data.image import decode
-from m2_ds.data.shards import Split
 from m2_ds.evaluation.embed import Embeddings, TextEmbeddings
 from m2_ds.evaluation.retrieval import Ranking, Relevance, RetrievalResult, top_k
+from m2_ds.evaluation.sources import Decode, Source
 
 TOP = 5
 QUERIES, PICTURES, MISTAKES = 9, 9, 6
@@ -23,13 +23,16 @@ THUMBNAIL = 112  # pixels; shown at about half of that, so sharp on dense screen
 
 
 def gallery(
-    split: Split,
+    split: Source,
+    rows: Sequence[int],
     embeddings: Embeddings,
     results: Mapping[str, RetrievalResult],
     task: str,
     match_groups: bool = True,
+    read_picture: Decode = decode,
 ) -> dict[str, Any]:
-    """The gallery of one split; `results` by language. The same pictures are chosen whatever the model."""
+    """The gallery of one split; `results` by language, `rows` of the pictures in the split. The same pictures are
+    chosen whatever the model."""
     groups = embeddings.groups if match_groups else None
     views = {
         language: _View(embeddings, texts, Relevance(len(embeddings.keys), texts, groups), results[language])
@@ -56,7 +59,8 @@ def gallery(
         "mistakes": {lang: _mistakes(view) for lang, view in views.items()},
     }
     wanted = sorted(_pictures_in(shown))
-    shown["thumbnails"] = {str(row): _thumbnail(record.image) for row, record in zip(wanted, split.read(wanted))}
+    found = split.read([rows[picture] for picture in wanted])
+    shown["thumbnails"] = {str(row): _thumbnail(read_picture(record.image)) for row, record in zip(wanted, found)}
     shown["picture_keys"] = {str(row): embeddings.keys[row] for row in wanted}
     return shown
 
@@ -136,8 +140,7 @@ def _pictures_in(node: Any) -> set[int]:
     return set()
 
 
-def _thumbnail(data: bytes) -> str:
-    picture = decode(data)
+def _thumbnail(picture: Image.Image) -> str:
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     content = io.BytesIO()
     picture.save(content, "WEBP", quality=78, method=4)

@@ -88,6 +88,7 @@ def _templates() -> Environment:
     environment.filters["thousands"] = lambda value: f"{value:,}"
     environment.filters["one"] = lambda value: f"{value:.1f}"
     environment.filters["shown_classes"] = _shown_classes
+    environment.filters["about"] = _about
     environment.filters["split_name"] = lambda value: value.replace("_", " ")
     return environment
 
@@ -211,9 +212,19 @@ def _headline(details: dict[str, Any], languages: list[str]) -> list[dict[str, A
                 (entry["task"], entry["split"]), {"task": entry["task"], "split": entry["split"], "by_language": {}}
             )
             numbers = entry["metrics"]
-            card["pictures"] = entry["facts"]["pictures"]
+            card["about"] = _about(entry["facts"])
             card["by_language"][entry["language"]] = (numbers["image_to_text/r1"] + numbers["text_to_image/r1"]) / 2
     return list(splits.values())
+
+
+def _about(facts: dict[str, Any]) -> str:
+    """How many pictures were measured, and in which way if not in the usual one."""
+    parts = [f"{facts['pictures']:,} pictures"]
+    if facts.get("skipped"):
+        parts.append(f"{len(facts['skipped']):,} left out, which can't be decoded")
+    if facts.get("protocol") == "release":
+        parts.append("as the release measures")
+    return " · ".join(parts)
 
 
 def _pair_languages(details: dict[str, Any], kind: str) -> list[dict[str, Any]]:

@@ -11,24 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from m2_ds.data.shards import Split, open_dataset
+from m2_ds.evaluation.bench import Bench, View, reader, where
+from m2_ds.evaluation.cache import Cache
+from m2_ds.evaluation.class_names import load_classes, load_templates
 from m2_ds.evaluation.config import EvaluationConfig, HardNegativesTask, RetrievalTask, ZeroShotTask
-from m2_ds.evaluation.embed import (
-    Embeddings,
-    Listing,
-    Model,
-    Processor,
-    TextEmbeddings,
-    embed_images,
-    embed_texts,
-    list_split,
-)
+from m2_ds.evaluation.embed import Model, Processor
 from m2_ds.evaluation.gallery import gallery
 from m2_ds.evaluation.probes import probe, probe_pairs
-from m2_ds.evaluation.retrieval import RetrievalResult, retrieval
-from m2_ds.evaluation.zeroshot import class_features, classify, labels_of, load_classes, load_templates
+from m2_ds.evaluation.release import Listed, release_recall
+from m2_ds.evaluation.sources import FolderSource, ListSource
+from m2_ds.evaluation.zeroshot import classify, labels_of, mean_of_prompts, prompts, write_predictions
 from m2_ds.files import write_json
 from m2_ds.parallel.mesh import SOLO, Group
 
@@ -55,144 +48,82 @@ class Entry:
         return {f"{self.prefix}/{name}": value for name, value in self.metrics.items()}
 
 
-class Bench:
-    """A model on the bench: embeds what tasks ask for and remembers it."""
-
-    def __init__(
-        self, model: Model, processor: Processor, config: EvaluationConfig, device: torch.device | str, group: Group
-    ) -> None:
-        self.model, self.processor, self.config, self.device, self.group = model, processor, config, device, group
-        self._splits: dict[tuple[Path, str], Split] = {}
-        self._listings: dict[tuple[Path, str, int | None], Listing] = {}
-        self._images: dict[tuple[Path, str, int | None], Tensor] = {}
-        self._texts: dict[str, dict[str, Tensor]] = {}
-        self._retrieved: dict[tuple[str, str], dict[str, RetrievalResult]] = {}
-
-    def split(self, task: Any, name: str) -> Split:
-        place = (task.dataset, name)
-        if place not in self._splits:
-            self._splits[place] = open_dataset(task.dataset).split(name)
-        return self._splits[place]
-
-    def listing(self, task: Any, name: str) -> Listing:
-        place = (task.dataset, name, task.limit)
-        if place not in self._listings:
-            self._listings[place] = list_split(self.split(task, name), task.limit)
-        return self._listings[place]
-
-    def images(self, task: Any, name: str) -> Tensor:
-        """fp32 [N, E]."""
-        place = (task.dataset, name, task.limit)
-        if place not in self._images:
-            count = len(self.listing(task, name).keys)
-            self._images[place] = embed_images(
-                self.model,
-                self.processor,
-                self.split(task, name),
-                count,
-                self.config.batch_size,
-                self.device,
-                threads=self.config.threads,
-                group=self.group,
-            )
-        return self._images[place]
-
-    def texts(self, texts: Sequence[str], language: str) -> Tensor:
-        """fp32 [len(texts), E]."""
-        known = self._texts.setdefault(language, {})
-        if fresh := [text for text in dict.fromkeys(texts) if text not in known]:
-            features = embed_texts(
-                self.model,
-                self.processor,
-                fresh,
-                self.config.batch_size,
-                self.device,
-                group=self.group,
-                what=f"texts {language}",
-            )
-            known.update(zip(fresh, features))
-        return torch.stack([known[text] for text in texts])
-
-    def embeddings(self, task: RetrievalTask, name: str) -> Embeddings:
-        listing = self.listing(task, name)
-        texts = {}
-        for language in task.languages:
-            different, text, owner = listing.texts(language, task.caption_kinds)
-            if not different:
-                raise ValueError(f"{_where(task, name)} has no captions in {language!r} of kinds {task.caption_kinds}")
-            texts[language] = TextEmbeddings(different, self.texts(different, language), text, owner)
-        return Embeddings(self.images(task, name), listing.keys, listing.groups, listing.categories, texts)
-
-    def retrieval(self, task: RetrievalTask, name: str) -> dict[str, RetrievalResult]:
-        """By language."""
-        place = (task.title, name)
-        if place not in self._retrieved:
-            embeddings = self.embeddings(task, name)
-            groups = embeddings.groups if task.match_groups else None
-            self._retrieved[place] = {
-                language: retrieval(embeddings.image, texts, groups, device=self.device)
-                for language, texts in embeddings.texts.items()
-            }
-        return self._retrieved[place]
-
-
-def _retrieval(bench: Bench, task: RetrievalTask, name: str) -> list[Entry]:
-    embeddings = bench.embeddings(task, name)
+def _retrieval(bench: Bench, task: RetrievalTask, part: str) -> list[Entry]:
+    embeddings, view = bench.embeddings(task, part), bench.view(task, part)
     found = []
-    for language, result in bench.retrieval(task, name).items():
+    for language, result in bench.retrieval(task, part).items():
         texts = embeddings.texts[language]
+        metrics = result.metrics()
         facts = {
             "pictures": len(embeddings.keys),
             "captions": len(texts.text),
             "different_captions": len(texts.texts),
+            "skipped": view.skipped,
+            "protocol": task.protocol,
             "median_rank": {
                 "image_to_text": float(result.image_to_text.rank.median()),
                 "text_to_image": float(result.text_to_image.rank.median()),
             },
         }
-        found.append(Entry(task.kind, task.title, name, language, result.metrics(), facts))
+        if task.protocol == "release":
+            facts["fair"] = metrics
+            listed = _listed(view, texts.texts)
+            facts["captions"] = len(listed.text)
+            metrics = release_recall(embeddings.image, texts.features, listed)
+        found.append(Entry(task.kind, task.title, part, language, metrics, facts))
     return found
 
 
-def _zeroshot(bench: Bench, task: ZeroShotTask, name: str) -> list[Entry]:
-    classes = load_classes(task.classes)
-    labels = labels_of(bench.listing(task, name).categories, classes, _where(task, name))
+def _listed(view: View, texts: Sequence[str]) -> Listed:
+    """The list as it was written, over the pictures that are there."""
+    assert isinstance(view.source, ListSource)
+    picture = {row: place for place, row in enumerate(view.rows)}
+    number = {text: row for row, text in enumerate(texts)}
+    lines = [line for line in view.source.lines if line.row in picture]
+    return Listed.of(
+        [picture[line.row] for line in lines], [[number[caption] for caption in line.captions] for line in lines]
+    )
+
+
+def _zeroshot(bench: Bench, task: ZeroShotTask, part: str) -> list[Entry]:
+    view = bench.view(task, part)
+    folders = sorted(set(view.source.classes)) if isinstance(view.source, FolderSource) and not task.labels else None
+    classes = load_classes(task.classes, task.languages, folders)
+    labels = labels_of(view.listing.categories, classes, where(task, part))
     found = []
     for language in task.languages:
-        if language not in classes.names:
-            raise ValueError(f"{task.classes} has no class names in {language!r}; it has {list(classes.names)}")
         templates = load_templates(language, task.templates.get(language))
-        features = class_features(
-            bench.model,
-            bench.processor,
-            classes.names[language],
-            templates,
-            bench.config.batch_size,
-            bench.device,
-            group=bench.group,
-        )
-        result = classify(bench.images(task, name), features, labels, classes.ids)
-        names = {key: found[0] for key, found in zip(classes.ids, classes.names[language])}
+        names = classes.names[language]
+        features = mean_of_prompts(bench.texts(prompts(names, templates), language), names, templates)
+        result = classify(view.images, features, labels, classes.ids)
         facts = {
             "pictures": result.pictures,
             "classes": len(classes.ids),
             "templates": len(templates),
+            "skipped": view.skipped,
+            "protocol": task.protocol,
             "by_class": {key: 100 * value for key, value in result.by_class.items()},
-            "names": names,
-            "counts": {key: int((labels == row).sum()) for row, key in enumerate(classes.ids)},
+            "names": {key: synonyms[0] for key, synonyms in zip(classes.ids, names)},
+            "counts": dict(zip(classes.ids, torch.bincount(labels, minlength=len(classes.ids)).tolist())),
         }
-        found.append(Entry(task.kind, task.title, name, language, result.metrics(), facts))
+        if task.predictions and bench.out is not None and bench.group.is_first:
+            name = f"predictions-{task.title}-{part}-{language}.parquet"
+            scale = float(bench.model.logit_scale.detach())  # type: ignore[attr-defined]  # while training `out` is None
+            write_predictions(bench.out / name, view.listing.keys, view.images, features, labels, classes.ids, scale)
+        found.append(Entry(task.kind, task.title, part, language, result.metrics(), facts))
     return found
 
 
-def _hard_negatives(bench: Bench, task: HardNegativesTask, name: str) -> list[Entry]:
+def _hard_negatives(bench: Bench, task: HardNegativesTask, part: str) -> list[Entry]:
+    view = bench.view(task, part)
     found = []
     for language in task.languages:
-        pairs = probe_pairs(bench.listing(task, name), language, task.caption_kinds)
+        pairs = probe_pairs(view.listing, language, task.caption_kinds)
         if not pairs.kinds:
-            raise ValueError(f"{_where(task, name)} has no hard negatives in {language!r}")
-        result = probe(bench.images(task, name), bench.texts(pairs.texts, language), pairs)
-        found.append(Entry(task.kind, task.title, name, language, result.metrics(), {"pairs": result.count}))
+            raise ValueError(f"{where(task, part)} has no hard negatives in {language!r}")
+        result = probe(view.images, bench.texts(pairs.texts, language), pairs)
+        facts = {"pairs": result.count, "skipped": view.skipped}
+        found.append(Entry(task.kind, task.title, part, language, result.metrics(), facts))
     return found
 
 
@@ -230,21 +161,29 @@ def evaluate(
     facts: dict[str, Any] | None = None,
     galleries: bool = True,
     device: torch.device | str | None = None,
+    group: Group = SOLO,
+    cache: Cache | None = None,
 ) -> dict[str, Any]:
     """Every task, with details and galleries for the report.
 
     Returns facts (those given, and the number of parameters), seconds, metrics (flat), entries and galleries. With
-    `out`, all of it goes to `out`/details.json, and facts and metrics alone to `out`/metrics.json.
+    `out`, all of it goes to `out`/details.json, and facts and metrics alone to `out`/metrics.json. Every rank of
+    `group` calls it; the first one makes galleries and writes. What is in `cache` is not embedded again.
     """
     start = time.perf_counter()
-    bench = Bench(model, processor, config, _device(model, device), SOLO)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(model, processor, config, _device(model, device), group, cache, folder)
     entries = _run(bench)
     shown: list[dict[str, Any]] = []
-    for task in config.tasks:
-        if galleries and isinstance(task, RetrievalTask):
-            for name in task.splits[: GALLERY_SPLITS - len(shown)]:
-                embeddings, results = bench.embeddings(task, name), bench.retrieval(task, name)
-                shown.append(gallery(bench.split(task, name), embeddings, results, task.title, task.match_groups))
+    for task in config.tasks if galleries and group.is_first else ():
+        if isinstance(task, RetrievalTask):
+            for part in task.parts[: GALLERY_SPLITS - len(shown)]:
+                view, results = bench.view(task, part), bench.retrieval(task, part)
+                embeddings = bench.embeddings(task, part)
+                made = gallery(view.source, view.rows, embeddings, results, task.title, task.match_groups, reader(task))
+                shown.append(made)
     content = {
         "facts": {**_size(model), **(facts or {})},
         "seconds": round(time.perf_counter() - start, 1),
@@ -252,16 +191,14 @@ def evaluate(
         "entries": [asdict(entry) for entry in entries],
         "galleries": shown,
     }
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None and group.is_first:
         write_json(folder / DETAILS_FILE, content)
         write_json(folder / METRICS_FILE, {"facts": content["facts"], "metrics": content["metrics"]})
     return content
 
 
 def summary(content: dict[str, Any]) -> str:
-    """The recalls of `evaluate` as a table for the terminal."""
+    """The numbers of `evaluate` for the terminal: recalls as a table, the others in lines."""
     rows = [("split", "language", "image -> text R@1/5/10", "text -> image R@1/5/10", "mean")]
     for entry in content["entries"]:
         if entry["kind"] == "retrieval":
@@ -275,24 +212,30 @@ def summary(content: dict[str, Any]) -> str:
             )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines = lines if len(lines) > 1 else []
     for entry in content["entries"]:
+        place = f"{entry['task']}/{entry['split']} {entry['language']}"
         if entry["kind"] != "retrieval":
             numbers = ", ".join(f"{name} {value:.1f}" for name, value in entry["metrics"].items())
-            lines.append(f"{entry['kind']} {entry['task']}/{entry['split']} {entry['language']}: {numbers}")
+            lines.append(f"{entry['kind']} {place}: {numbers}")
+        elif entry["facts"]["protocol"] == "release":
+            fair = entry["facts"]["fair"]["mean_recall"]
+            lines.append(f"{place}: counted as the release counts; by the fair way the mean is {fair:.1f}")
+    for place, skipped in dict.fromkeys(
+        (f"{entry['task']}/{entry['split']}", len(entry["facts"]["skipped"])) for entry in content["entries"]
+    ):
+        if skipped:
+            lines.append(f"{place}: {skipped} pictures can't be decoded and are left out; details.json names them")
     return "\n".join(lines)
 
 
 def _run(bench: Bench) -> list[Entry]:
     found = []
     for task in bench.config.tasks:
-        for name in task.splits:
-            found += EVALUATORS[task.kind](bench, task, name)
+        for part in task.parts:
+            found += EVALUATORS[task.kind](bench, task, part)
     assert all(math.isfinite(value) for entry in found for value in entry.metrics.values())
     return found
-
-
-def _where(task: Any, name: str) -> str:
-    return f"split {name!r} of {task.dataset}"
 
 
 def _size(model: Any) -> dict[str, int]:

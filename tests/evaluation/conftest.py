@@ -1,15 +1,22 @@
 """A small data set of coloured squares, and a model that knows colours by name (and nothing else)."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import normalize
 
+from m2_ds.convert.canonical import write_config
 from m2_ds.data.shards import Caption, HardNegative, Record, ShardWriter, open_dataset
+from m2_ds.data.text_train import train as train_tokenizer
+from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.encoder import M2Encoder
+from m2_ds.model.weights import init_weights
 
 COLOURS = {
     "red": ("红色", (255, 0, 0)),
@@ -97,6 +104,43 @@ def colours(tmp_path_factory):
             )
             writer.add("test", record)
     return open_dataset(folder)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """The colours as files: `list/*.png` with list.jsonl beside, and `imagenet/val/{cold,warm}/*.png`."""
+    folder = tmp_path_factory.mktemp("files")
+    lines = []
+    for place, (en, (zh, rgb)) in enumerate(COLOURS.items()):
+        for path in (
+            folder / f"list/{en}.png",
+            folder / f"imagenet/val/{'warm' if en in WARM else 'cold'}/{place}.PNG",
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(square(rgb))
+        lines.append({"image": f"list/{en}.png", "caption": [f"{zh}方块", f"一个{zh}的方块"]})
+    (folder / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    names = {"cold": {"en": ["green", "blue", "cyan", "white"], "zh": ["绿色", "蓝色", "青色", "白色"]}}
+    names["warm"] = {"en": ["red", "yellow"], "zh": ["红色", "黄色"]}
+    (folder / "classes.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A canonical folder: a small model with random weights, and a tokenizer that knows the colours."""
+    folder = tmp_path_factory.mktemp("weights")
+    texts = [f"a {en} square, flat" for en in COLOURS] + [f"一个{zh}的方块" for zh, _ in COLOURS.values()]
+    texts += ["the text of number 0123456789", "a fox jumps over the lazy dog"]
+    (folder / "lines.txt").write_text("\n".join(texts * 3), encoding="utf-8")
+    tokenizer = train_tokenizer(folder, corpus=(), text=(folder / "lines.txt",), vocab_size=310, coverage=1.0)
+    config = M2EncoderConfig.preset("test")
+    network = M2Encoder(config)
+    init_weights(network, config, seed=0)
+    save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, folder / "model.safetensors")
+    write_config(folder, config)
+    tokenizer.save(folder)
+    return folder
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
 """Embedding a split, over any batch size and number of ranks, and through Parquet."""
 
+import math
 import re
 
 import pytest
 import torch
 
 from m2_ds.data.shards import Caption, Record, ShardWriter
-from m2_ds.evaluation import embed
-from m2_ds.evaluation.embed import embed_split, list_split, read_embeddings, write_embeddings
+from m2_ds.evaluation import batches
+from m2_ds.evaluation.embed import embed_split, embed_texts, list_split
+from m2_ds.evaluation.embedding_files import read_embeddings, write_embeddings
 from m2_ds.parallel.mesh import Group
+from tests.evaluation.conftest import ColourModel
 
 
 def test_pictures_and_captions_in_order(model, processor, colours):
@@ -32,26 +35,33 @@ def test_batch_size_and_threads_change_nothing(model, processor, colours, batch_
 
 
 @pytest.mark.parametrize("size", [2, 4, 5])
-def test_ranks_share_the_work_and_run_equally_often(processor, colours, monkeypatch, size):
-    from tests.evaluation.conftest import ColourModel
-
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_ranks_share_the_work_and_run_equally_often(processor, colours, monkeypatch, size, batch_size):
+    """Ranks one after another: first what each would send is kept, then all receive what all sent."""
     split = colours.split("test")
-    whole = embed_split(ColourModel(), processor, split, 1, "cpu", ["en"])
-    parts = []
-    monkeypatch.setattr(embed, "all_gather_rows", lambda mine, group, kind: parts.append(mine) or mine.repeat(size, 1))
-    batches = []
+    whole = embed_split(ColourModel(), processor, split, batch_size, "cpu", ["en"])
+    monkeypatch.setattr(batches, "broadcast_object", lambda value, group: value)
+    sent = [[] for _ in range(size)]
+    runs = []
     for rank in range(size):
+        monkeypatch.setattr(
+            batches,
+            "all_gather_rows",
+            lambda mine, group, kind: sent[group.rank].append(mine) or torch.cat([mine] * size),
+        )
         model = ColourModel()
-        embed_split(model, processor, split, 1, "cpu", ["en"], group=Group(rank, size, None))
-        batches.append(len(model.batches))
-    assert len(set(batches)) == 1, "partitioned weights would wait for ever"
-    # Each rank gathered texts, then pictures; put the ranks' pictures together as the collective would.
-    pictures = torch.cat(parts[1::2])[:6]
-    assert torch.equal(pictures, whole.image)
-    joined = iter([torch.cat(parts[0::2]), torch.cat(parts[1::2])])
-    monkeypatch.setattr(embed, "all_gather_rows", lambda mine, group, kind: next(joined))
-    together = embed_split(ColourModel(), processor, split, 1, "cpu", ["en"], group=Group(0, size, None))
-    assert torch.equal(together.texts["en"].features, whole.texts["en"].features)
+        embed_split(model, processor, split, batch_size, "cpu", ["en"], group=Group(rank, size, None))
+        runs.append(len(model.batches))
+    assert len(set(runs)) == 1, "partitioned weights would wait for ever"
+    assert runs[0] == math.ceil(math.ceil(6 / batch_size) / size)
+    for rank in range(size):
+        turns = iter(zip(*sent))
+        monkeypatch.setattr(batches, "all_gather_rows", lambda mine, group, kind, turns=turns: torch.cat(next(turns)))
+        together = embed_split(
+            ColourModel(), processor, split, batch_size, "cpu", ["en"], group=Group(rank, size, None)
+        )
+        assert torch.equal(together.image, whole.image)
+        assert torch.equal(together.texts["en"].features, whole.texts["en"].features)
 
 
 def test_kinds_limit_and_missing_languages(model, processor, colours):
@@ -81,6 +91,13 @@ def test_texts_listed_twice_are_embedded_once(colours):
     listing.captions[1].append({"text": "a red square", "language": "en", "weight": 1.0, "kind": "name"})
     texts, text, owner = listing.texts("en", ["name"])
     assert len(texts) == 6 and text.tolist() == [0, 1, 0, 2, 3, 4, 5] and owner.tolist() == [0, 1, 1, 2, 3, 4, 5]
+
+
+def test_texts_of_equal_tokens_share_a_row_and_come_back_in_order(model, processor):
+    texts = ["blue", "red", "a blue one", "yellow, or so", "red again"]
+    found = embed_texts(model, processor, texts, 2, "cpu")
+    alone = torch.cat([embed_texts(model, processor, [text], 1, "cpu") for text in texts])
+    assert torch.equal(found, alone) and torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
 def test_parquet_keeps_everything(model, processor, colours, tmp_path):

@@ -1,71 +1,18 @@
 """Class names, templates, class features and accuracy."""
 
-import json
-
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from m2_ds.evaluation.class_names import load_classes
 from m2_ds.evaluation.zeroshot import (
     class_features,
     classify,
     labels_of,
-    load_classes,
-    load_templates,
     probabilities,
+    write_predictions,
 )
-
-TREE = {"w": {"en": ["warm", "hot"], "zh": "暖"}, "c": {"en": ["cold"], "zh": ["冷"]}}
-
-
-def test_class_files_of_three_forms_agree(tmp_path):
-    (tmp_path / "c.json").write_text(json.dumps(TREE))
-    (tmp_path / "c.yaml").write_text("w: {en: [warm, hot], zh: 暖}\nc: {en: [cold], zh: [冷]}\n", encoding="utf-8")
-    (tmp_path / "c.csv").write_text("id,en,zh\nw,warm|hot,暖\nc,cold,冷\n", encoding="utf-8-sig")
-    found = [load_classes(tmp_path / name) for name in ("c.json", "c.yaml", "c.csv")]
-    assert found[0] == found[1] == found[2]
-    assert found[0].ids == ["w", "c"]
-    assert found[0].names == {"en": [["warm", "hot"], ["cold"]], "zh": [["暖"], ["冷"]]}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("c.json", "{", "can't be read"),
-        ("c.json", json.dumps({"w": {"en": "warm"}}), "at least two classes"),
-        ("c.json", json.dumps({"w": {"en": "warm", "zh": "暖"}, "c": {"en": "cold"}}), "class 'c' has no name in 'zh'"),
-        ("c.json", json.dumps({"w": ["warm"], "c": ["cold"]}), r"\{language: \[names\]\}"),
-        ("c.csv", "name,en\nw,warm\n", "a column 'id'"),
-    ],
-)
-def test_bad_class_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as error:
-        load_classes(tmp_path / name)
-    assert name in str(error.value)
-
-
-def test_shipped_classes_and_templates():
-    classes = load_classes("emoji_groups")
-    assert len(classes.ids) == 9 and set(classes.names) == {"en", "zh"}
-    for language in ("en", "zh"):
-        templates = load_templates(language)
-        assert len(templates) == len(set(templates)) >= 10
-    with pytest.raises(ValueError, match="no templates ship for language 'fr'"):
-        load_templates("fr")
-    with pytest.raises(ValueError, match="or 'emoji_groups'"):
-        load_classes("emoji_group")
-
-
-def test_templates_from_a_file(tmp_path):
-    path = tmp_path / "t.yaml"
-    path.write_text("- 'une photo de {}'\n", encoding="utf-8")
-    assert load_templates("fr", path) == ["une photo de {}"]
-    path.write_text("- 'une photo'\n")
-    with pytest.raises(ValueError, match="that each hold {} once"):
-        load_templates("fr", path)
-    with pytest.raises(ValueError, match=r"no prompt templates at .*none\.yaml"):
-        load_templates("fr", tmp_path / "none.yaml")
 
 
 def test_class_features_are_the_normalised_mean_of_unit_vectors(model, processor):
@@ -103,8 +50,33 @@ def test_probabilities_as_the_release_computes_them():
     assert torch.allclose(probabilities(image, classes, scale), expected)
 
 
+def test_tiles_do_not_matter(monkeypatch):
+    image, classes = torch.randn(50, 8), torch.randn(7, 8)
+    labels = torch.arange(50) % 7
+    whole = classify(image, classes, labels, list("abcdefg"))
+    monkeypatch.setattr("m2_ds.evaluation.zeroshot.TILE", 8)
+    assert classify(image, classes, labels, list("abcdefg")) == whole
+
+
+def test_predictions_hold_the_likeliest_classes(tmp_path):
+    image = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.0, 0.8]])
+    write_predictions(
+        tmp_path / "p.parquet", ["x", "y"], image, torch.eye(3), torch.tensor([0, 1]), ["a", "b", "c"], 1.0
+    )
+    rows = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    assert [(row["key"], row["class"], row["top5"]) for row in rows] == [
+        ("x", "a", ["a", "b", "c"]),
+        ("y", "b", ["c", "a", "b"]),
+    ]
+    expected = (image * torch.tensor(1.0).exp()).softmax(1).sort(1, descending=True).values
+    assert torch.allclose(torch.tensor([row["probability"] for row in rows]), expected)
+
+
 def test_labels(tmp_path):
     classes = load_classes("emoji_groups")
     assert labels_of(["flags", "smileys-emotion"], classes, "here").tolist() == [8, 0]
+    assert labels_of(["8", "0"], classes, "here").tolist() == [8, 0]
+    with pytest.raises(ValueError, match=r"here: categories \['9'\] are not among"):
+        labels_of(["8", "9"], classes, "here")
     with pytest.raises(ValueError, match=r"here: categories \['None', 'tree'\] are not among"):
         labels_of(["tree", None, "flags"], classes, "here")
