@@ -16,10 +16,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("m2_ds.commands:config", "check a recipe and print it with every field"),
     "evaluate": ("m2_ds.commands:evaluate", "retrieval, zero-shot and probes of a model, as JSON and a page"),
     "embed": ("m2_ds.commands:embed", "write embeddings of a data set's pictures and captions to Parquet"),
+    "convert": (
+        "m2_ds.convert.command:convert",
+        "any checkpoint to the canonical folder or the release's file",
+    ),
     "export hugging-face": (
         "m2_ds.commands:export_hugging_face",
         "a folder that transformers loads anywhere, with code and a model card",
     ),
+    "export onnx": ("m2_ds.export:onnx", "both towers as ONNX graphs for servers, checked against torch; also in int8"),
     "report": ("m2_ds.commands:report", "write a run folder's page again"),
     "data emoji": ("m2_ds.data.sources.emoji:build", "fetch and build the emoji set: seven styles, two languages"),
     "data scenes": ("m2_ds.data.sources.scenes:build", "generate scenes with exact hard negatives"),
@@ -27,6 +32,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data jsonl": ("m2_ds.data.sources.jsonl:convert", "JSONL and a picture folder to shards"),
     "data inspect": ("m2_ds.data.sources.inspect:inspect", "what a data set holds"),
     "data verify": ("m2_ds.data.sources.inspect:verify", "read every shard and compare checksums"),
+    "data upload": ("m2_ds.data.upload:upload", "a data set to an object store, resumable"),
+    "prepare": ("m2_ds.prepare.command:prepare", "raw pairs to a clean, balanced data set, with a card"),
+    "prepare list-dropped": ("m2_ds.prepare.command:list_dropped", "what a preparation left out, by rule"),
     "tokenizer train": ("m2_ds.data.text_train:train", "train a bilingual SentencePiece tokenizer"),
 }
 

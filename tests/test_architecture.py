@@ -27,7 +27,7 @@ FLOORS: dict[str, int] = {
             ("model", "loss"),
             ("evaluation", "convert", "prepare", "config", "api"),
             ("engine", "plan"),
-            ("train", "launch", "cli", "commands", "quickstart"),
+            ("train", "evaluate", "export", "launch", "cli", "commands", "quickstart"),
         ]
     )
     for room in rooms
@@ -35,8 +35,10 @@ FLOORS: dict[str, int] = {
 # Arrows on one floor: the run's configuration is put together from the rooms' own blocks, the door to Python reads what
 # convert wrote, and the console starts everything else.
 ALONG_A_FLOOR = {("config", "evaluation"), ("api", "convert")}
+# A preparation scores pairs by a model that it opens as any user does.
+ALONG_A_FLOOR |= {("prepare", "api")}
 ALONG_A_FLOOR |= {("cli", "train"), ("cli", "launch"), ("cli", "quickstart")}
-ALONG_A_FLOOR |= {("quickstart", "launch"), ("commands", "launch")}
+ALONG_A_FLOOR |= {("quickstart", "launch"), ("commands", "launch"), ("commands", "evaluate")}
 # Down, but not meant: a model file holds mathematics, and so does a loss.
 NOT_DOWN = {("model", "data"), ("loss", "data")}
 
