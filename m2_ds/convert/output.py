@@ -60,6 +60,8 @@ class Output:
         self.journal = out.with_name(f".{out.name}.part.json")
         self.removed = out.with_name(f".{out.name}.removed")
         self.finished: dict[str, dict[str, Any]] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._sealing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -110,11 +112,23 @@ class Output:
             return
         with HashedFile(self.aside / name, self.tell) as file:
             write(file)
-        self.finished[name] = {"sha256": file.digest, "bytes": file.written}
+        self._wait()
+        self._sealing = self._thread.submit(self._seal, name, {"sha256": file.digest, "bytes": file.written})
+
+    def _seal(self, name: str, facts: dict[str, Any]) -> None:
+        """In a thread, while the next file is written."""
+        sync(self.aside / name)
+        self.finished[name] = facts
         write_json(self.journal, {"fingerprint": self.fingerprint, "files": self.finished})
 
+    def _wait(self) -> None:
+        """For the file before."""
+        if self._sealing is not None:
+            self._sealing.result()
+
     def put(self, name: str, content: bytes) -> None:
-        """A small file."""
+        """A small file, after all large ones."""
+        self._wait()
         path = self.aside / name
         path.write_bytes(content)
         sync(path)
@@ -122,6 +136,7 @@ class Output:
 
     def publish(self) -> dict[str, str]:
         """Make the folder appear; the SHA-256 of its files."""
+        self._wait()
         checksums = {name: facts["sha256"] for name, facts in sorted(self.finished.items())}
         write_json(self.aside / CHECKSUMS, checksums)
         if self.overwrite and self.out.exists():
@@ -132,6 +147,7 @@ class Output:
         return checksums
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._thread.shutdown()
         os.close(self._lock)
         if isinstance(error, ValueError) or (isinstance(error, OSError) and not self.finished):
             shutil.rmtree(self.aside, ignore_errors=True)
@@ -144,7 +160,7 @@ class Output:
 
 
 class HashedFile:
-    """A new file that is written once from beginning to end, synced, its SHA-256 taken on the way by a thread."""
+    """A new file that is written once from beginning to end, its SHA-256 taken on the way by a thread."""
 
     def __init__(self, path: Path, tell: Callable[[int], object]) -> None:
         self.written, self.digest, self._tell = 0, "", tell
@@ -173,9 +189,5 @@ class HashedFile:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()
-        try:
-            if kind is None:
-                os.fsync(self._file.fileno())
-                self.digest = self._hash.hexdigest()
-        finally:
-            self._file.close()
+        self._file.close()
+        self.digest = self._hash.hexdigest()

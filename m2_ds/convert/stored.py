@@ -3,7 +3,9 @@
 Mapped pages would count as this process's memory until the kernel takes them back; what is read here is freed.
 """
 
+import io
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 4 << 20  # small enough to stay in a cache between reading, hashing and writing
+_AHEAD_BYTES = 16 << 20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,15 +74,17 @@ class Stored:
         each = max(1, limit // self.dtype.itemsize)
         if self.strides is not None:  # in any order: all of what they lie in at once
             (stretch,) = self.stretches
-            span = self._load(stretch.path, stretch.offset, stretch.count)
+            with _opened(stretch.path) as file:
+                span = self._load(file, stretch.offset, stretch.count)
             for chunk in span.as_strided(self.shape, self.strides).reshape(-1).split(each):
                 yield chunk if dtype is None else chunk.to(dtype)
             return
         for stretch in self.stretches:
-            for first in range(0, stretch.count, each):
-                offset = stretch.offset + first * self.dtype.itemsize
-                chunk = self._load(stretch.path, offset, min(each, stretch.count - first))
-                yield chunk if dtype is None else chunk.to(dtype)
+            with _opened(stretch.path) as file:
+                for first in range(0, stretch.count, each):
+                    offset = stretch.offset + first * self.dtype.itemsize
+                    chunk = self._load(file, offset, min(each, stretch.count - first))
+                    yield chunk if dtype is None else chunk.to(dtype)
 
     def read(self) -> Tensor:
         """The whole tensor in memory."""
@@ -102,22 +107,30 @@ class Stored:
         flat = torch.empty(0, dtype=self.dtype).set_(maps[stretch.path][bounds])  # type: ignore[call-overload]
         return flat.view(self.shape) if self.strides is None else flat.as_strided(self.shape, self.strides)
 
-    def _load(self, path: Path, offset: int, count: int) -> Tensor:
+    def _load(self, file: io.FileIO, offset: int, count: int) -> Tensor:
         raw = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
         view = memoryview(cast(Any, raw.numpy()))
         try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(offset)
-                while view:
-                    done = file.readinto(view)
-                    if not done:
-                        raise ValueError(f"{path} ends early: it was cut, or changed while it was read")
-                    view = view[done:]
+            file.seek(offset)
+            if hasattr(os, "posix_fadvise"):  # what comes next, mostly the next tensor, is read in the meantime
+                os.posix_fadvise(file.fileno(), offset + len(view), _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            while view:
+                done = file.readinto(view)
+                if not done:
+                    raise ValueError(f"{file.name} ends early: it was cut, or changed while it was read")
+                view = view[done:]
         except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+            raise ValueError(f"{file.name} cannot be read: {error}") from None
         if self.swapped:
             raw = raw.view(-1, self.dtype.itemsize).flip(1).reshape(-1)
         return raw.view(self.dtype)
+
+
+def _opened(path: Path) -> io.FileIO:
+    try:
+        return io.FileIO(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def in_file(path: Path, size: int, offset: int, length: int, what: str) -> None:

@@ -22,6 +22,7 @@ from m2_ds.prepare.work import Unit
 
 UNKNOWN = "und"  # ISO 639: a language that was not determined
 _PARQUET_ROWS = 64  # rows in memory at a time: img2dataset writes row groups of 10,000 pictures
+_MOST_LINE = 1 << 26
 csv.field_size_limit(1 << 24)
 
 
@@ -51,7 +52,7 @@ def read_unit(unit: Unit, path: Path, config: PrepareConfig) -> Iterator[Pair]:
     try:
         for record in _records(unit, path, entry, bool(config.fetch)):
             yield to_pair(record, unit, path, entry, config)
-    except (OSError, pa.ArrowException, EOFError) as error:
+    except (OSError, pa.ArrowException, EOFError, csv.Error) as error:
         raise BrokenShard(f"{type(error).__name__}: {error}", again=isinstance(error, OSError)) from error
 
 
@@ -125,9 +126,11 @@ def _read_jsonl(unit: Unit, path: Path) -> Iterator[Record]:
         file.seek(unit.start)
         number = unit.first
         while unit.stop < 0 or file.tell() < unit.stop:
-            line = file.readline()
+            line = file.readline(_MOST_LINE)
             if not line:
                 return
+            if len(line) == _MOST_LINE:
+                raise BrokenShard(f"line {number + 1} is longer than {_MOST_LINE >> 20} MB: these are no JSON lines")
             number += 1
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not line.strip():
@@ -212,7 +215,7 @@ def to_pair(record: Record, unit: Unit, path: Path, entry: InputConfig, config: 
     category = record.get(names.category)
     pair.category = None if category is None else _clean(category)
     language = record.get(names.language) or entry.language or UNKNOWN
-    value = next((record[name] for name in names.captions if record.get(name)), None)
+    value = next((record[name] for name in names.captions if _given(record.get(name))), None)
     try:
         pair.captions = read_captions(value, _clean(language))
         pair.negatives = read_negatives(record.get("hard_negatives"))
@@ -249,6 +252,11 @@ def _key(record: Record, unit: Unit, entry: InputConfig) -> str:
 
 def _below(root: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(root.resolve())
+
+
+def _given(value: Any) -> bool:
+    """Whether a field has a value: pandas writes what is missing as NaN."""
+    return bool(value) and value == value
 
 
 def _number(value: Any) -> float | None:

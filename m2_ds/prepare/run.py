@@ -28,10 +28,10 @@ from m2_ds.prepare.samples import Samples
 from m2_ds.prepare.scorers import find_function
 from m2_ds.prepare.survivors import Plan
 from m2_ds.prepare.units import list_files, plan, stamp
-from m2_ds.prepare.work import UNITS, Job, Unit, begin, differences, refuse_changes
+from m2_ds.prepare.work import COUNTS, UNITS, Job, Unit, begin, differences, refuse_changes
 
 FORMAT = 1  # of the work folder and of what the rules mean: raised when either changes
-COUNTS, TIMING, DONE = "counts.json", "timing.json", "done.json"
+TIMING, DONE = "timing.json", "done.json"
 
 
 def run(config: PrepareConfig, home: Path | None = None, *, restart: bool = False) -> Ledger:
@@ -149,13 +149,13 @@ class _Run:
         left = [item for item, number in zip(items, numbers) if not self.job.path(step, number, "json").exists()]
         self._tasks(what, task, left, gpus)
 
-    def _tasks(self, what: str, task: Task, items: Sequence[Any], gpus: int = 0) -> None:
+    def _tasks(self, what: str, task: Task, items: Sequence[Any], gpus: int = 0, part: str = "") -> None:
         if not items:
             return
         begun = time.monotonic()
         results: Iterator[dict[str, Any]] = self.engine.map(task, self.job, items, gpus=gpus)
         if self.config.work.progress:
-            results = track(results, what, total=len(items))
+            results = track(results, what + part, total=len(items))
         for result in results:
             self.cpu[what] = self.cpu.get(what, 0.0) + result["cpu"]
         self.wall[what] = self.wall.get(what, 0.0) + time.monotonic() - begun
@@ -171,9 +171,9 @@ class _Run:
             return
         groups, buckets = range(len(layout.groups)), range(layout.buckets(rule.copies))
         name = f"compare: {rule.name}"
-        self._tasks(name, exchange.spread, [(rule, layout, group) for group in groups])
-        self._tasks(name, exchange.meet, [(rule, layout, bucket) for bucket in buckets])
-        self._tasks(name, exchange.settle, [(rule, layout, group) for group in groups])
+        self._tasks(name, exchange.spread, [(rule, layout, group) for group in groups], part=", 1 of 3")
+        self._tasks(name, exchange.meet, [(rule, layout, bucket) for bucket in buckets], part=", 2 of 3")
+        self._tasks(name, exchange.settle, [(rule, layout, group) for group in groups], part=", 3 of 3")
         done.parent.mkdir(exist_ok=True)
         write_atomically(done, b"")
         for step in ("spread", "meet"):

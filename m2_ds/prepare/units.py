@@ -139,11 +139,12 @@ def _line_pieces(file: str, records: int, quotes: bool) -> Iterator[tuple[int, i
     start = first = place = count = open_quotes = 0
     try:
         with open(file, "rb") as lines:
-            for line in lines:
+            # In pieces: a file without line ends must not fill the memory.
+            while line := lines.readline(1 << 20):
                 place += len(line)
                 if quotes:
                     open_quotes ^= line.count(b'"') & 1
-                if not open_quotes:
+                if line.endswith(b"\n") and not open_quotes:
                     count += 1
                     if count - first >= records:
                         yield start, place, first

@@ -22,6 +22,7 @@ from m2_ds.files import publish, write_atomically
 from m2_ds.prepare.config import PrepareConfig
 
 FOLDER, RUN, UNITS = ".prepare", "run.json", "units.jsonl"
+COUNTS = "counts.json"  # in the output folder: it is a preparation's own
 _PLAIN = ("image", "sha256", "colours")
 
 
@@ -128,7 +129,8 @@ def begin(config: PrepareConfig, settings: dict[str, Any], *, restart: bool) -> 
     if planned:
         refuse_changes(config, differences(json.loads(path.read_text()), settings))
     elif (config.out / "manifest.json").exists() or (config.out / "mixture.yaml").exists():
-        raise ValueError(f"{config.out} holds a data set already; choose another `out`, or replace it with --restart")
+        remedy = ", or replace it with --restart" if (config.out / COUNTS).exists() else ""
+        raise ValueError(f"{config.out} holds a data set already; choose another `out`{remedy}")
     folder.mkdir(parents=True, exist_ok=True)
     if not planned:
         write_atomically(path, json.dumps(settings, indent=1, ensure_ascii=False).encode())
@@ -147,12 +149,12 @@ def refuse_changes(config: PrepareConfig, changed: list[str]) -> None:
 
 def clear(out: Path) -> None:
     """Take a preparation away, finished or not; nothing that it did not write."""
-    names = ["manifest.json", "mixture.yaml", "card.html", "counts.json", "timing.json"]
+    names = ["manifest.json", "mixture.yaml", "card.html", COUNTS, "timing.json"]
     run = out / FOLDER / RUN
     splits = ["train"]
     if run.exists():
         splits += list(json.loads(run.read_text())["output"]["splits"])
-    elif not (out / "counts.json").exists():
+    elif not (out / COUNTS).exists():
         return  # nothing of ours
     for name in names:
         (out / name).unlink(missing_ok=True)

@@ -141,8 +141,7 @@ def test_every_layout_trains_like_the_plain_loop(
     torch.testing.assert_close(loss, torch.tensor(plain.loss, dtype=torch.float64), rtol=1e-5, atol=0)
     torch.testing.assert_close(norm, torch.tensor(plain.norm, dtype=torch.float64), rtol=1e-5, atol=0)
     assert (norm > 0.5).all(), "clipping was not active"
-    # Adam divides a gradient by its own size: of the smallest ones rounding is most of what reaches the weight.
-    assert distance(weights(folder, 8), dict(plain.model.state_dict())) < 1e-4
+    assert distance(weights(folder, 8), dict(plain.model.state_dict())) < 3e-5
 
 
 @pytest.mark.distributed

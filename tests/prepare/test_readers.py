@@ -150,6 +150,23 @@ def test_lines_that_are_no_records(tmp_path: Path) -> None:
     assert [pair.drop.rule if pair.drop else None for pair in pairs] == [None, "bad_line", "bad_line", "bad_line", None]
 
 
+def test_files_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2_ds.prepare.readers._MOST_LINE", 1000)
+    (tmp_path / "a.jsonl").write_bytes(json.dumps({"caption": "x"}).encode() + b"\n" + b"x" * 5000)
+    pairs, broken = read(config(tmp_path / "out", str(tmp_path / "a.jsonl"), "jsonl"))
+    assert len(pairs) == 1 and "line 2 is longer" in broken[0]
+    (tmp_path / "a.csv").write_bytes(b'image,caption\n1.png,"never closed' + b"x" * (1 << 24))
+    pairs, broken = read(config(tmp_path / "out", str(tmp_path / "a.csv"), "csv"))
+    assert not pairs and "field larger" in broken[0]
+
+
+def test_what_pandas_left_out_is_no_caption(tmp_path: Path) -> None:
+    table = pa.table({"text": [float("nan"), 1.0], "image": [image(0), image(1)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    pairs, _ = read(config(tmp_path / "out", str(tmp_path / "a.parquet"), "parquet"))
+    assert [pair.drop.rule for pair in pairs if pair.drop] == ["no_caption", "bad_fields"]
+
+
 def test_text_in_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     text = pa.Array.from_buffers(
         pa.string(), 2, [None, *pa.array([b"\xff\xfe", b"good one"], pa.binary()).buffers()[1:]]

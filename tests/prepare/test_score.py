@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from m2_ds.api import load
 from m2_ds.prepare import scorers
-from m2_ds.prepare.scorers import HuggingFaceScorer
+from m2_ds.prepare.scorers import HuggingFaceScorer, M2Scorer
 from tests.prepare.raw import dropped, image, plain, prepare, rules, write_tar
+from tests.support.pairs import ByteTokenizer
 
 FUNCTIONS = '''
 """A user's functions."""
@@ -150,6 +152,22 @@ def test_functions_that_do_not_work(function: str, told: str, home: Path) -> Non
     write_tar(home / "in.tar", map(plain, range(3)))
     with pytest.raises(ValueError, match=told):
         prepare(home / "out", str(home / "in.tar"), scores=[{"function": function, "rule": "mine", "min": 0}])
+
+
+def test_a_model_of_this_projects_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = load("tiny")
+    processor.tokenizer = ByteTokenizer()  # type: ignore[assignment]
+    monkeypatch.setattr("m2_ds.api.load", lambda path, device: (model, processor))
+    pictures, texts = [Image.open(io.BytesIO(image(n))) for n in range(2)], ["red fox", "猫", "a"]
+    found = M2Scorer("runs/x", "cpu")(pictures, texts, [0, 1, 1])
+    for value, text, place in zip(found, texts, [0, 1, 1]):
+        with torch.inference_mode():
+            one = model.encode_image(processor.images([pictures[place]]))[0]
+            other = model.encode_text(*processor.texts([text]))[0]
+        assert abs(value - float(one @ other / one.norm() / other.norm())) < 1e-5
+    processor.tokenizer = None
+    with pytest.raises(ValueError, match="no tokenizer"):
+        M2Scorer("runs/x", "cpu")
 
 
 def test_a_hugging_face_models_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
