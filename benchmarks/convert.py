@@ -72,6 +72,7 @@ def measure(
         rounds: turns of each side.
         out: folder of the results.
     """
+    out.mkdir(parents=True, exist_ok=True)
     try:
         generator = [sys.executable, str(HERE / "convert_source.py"), "--preset", preset, "--folder", str(folder)]
         subprocess.run(generator, check=True)
