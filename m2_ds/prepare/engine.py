@@ -1,7 +1,7 @@
 """Tasks over many items: in this process, on the cores of this machine, or on a cluster, with the same code.
 
 Ray runs them: ray core, not Ray Data. Tasks hand over names of files and counts, never pictures, so a pair costs the
-engine nothing (measured in docs/preparation.md). A task gives its files their names when they are whole, and may
+engine nothing. A task gives its files their names when they are whole, and may
 therefore be run again, by Ray after a machine was lost or by the next start of the same command.
 """
 
