@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from m2_ds import launch
 from m2_ds.api import load, resolve
-from m2_ds.config import explain, load_config
+from m2_ds.config import load_config
 from m2_ds.data.reader import open_dataset
 from m2_ds.data.text import load_tokenizer
 from m2_ds.evaluate import DTYPES, Precision, Request, carry_out
@@ -23,6 +23,7 @@ from m2_ds.evaluation.embed import default_batch, embed_split
 from m2_ds.evaluation.embedding_files import write_embeddings
 from m2_ds.evaluation.report import write_report
 from m2_ds.evaluation.sources import FolderSource, ListSource, Source, open_source
+from m2_ds.schema import explain
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -202,7 +203,7 @@ def _evaluation_settings(block: dict[str, Any], where: str) -> EvaluationConfig:
     try:
         return EvaluationConfig.model_validate(block)
     except ValidationError as error:
-        raise ValueError(explain(error, f"{where}, evaluation")) from None
+        raise ValueError(explain(error, f"{where}, evaluation", EvaluationConfig)) from None
 
 
 def _evaluation_block(path: Path) -> EvaluationConfig:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from m2_ds.data.decode import MAX_PIXELS
-from m2_ds.schema import Settings
+from m2_ds.schema import Settings, load_settings
 
 Kind = Literal["tar", "img2dataset", "parquet", "jsonl", "csv", "shards"]
 # Rules that the program itself counts under; a user's own must not be mixed up with them.
@@ -338,39 +337,4 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> PrepareConfig:
 
     Raises ValueError that names the file, the field and what is wrong with its value.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"no configuration can be read from {path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a mapping of fields, not {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
-    try:
-        return PrepareConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = [f"{path}: {error.error_count()} wrong field{'s' * (error.error_count() > 1)}"]
-        for item in error.errors():
-            name = ".".join(map(str, item["loc"])) or "(whole configuration)"
-            known = item["type"] != "missing" and len(repr(item["input"])) <= 80
-            got = f" (got {item['input']!r})" if known else ""
-            lines.append(f"  {name}: {item['msg'].removeprefix('Value error, ')}{got}")
-        raise ValueError("\n".join(lines)) from None
-
-
-def _override(tree: Any, override: str) -> None:
-    name, found, text = override.partition("=")
-    if not found or not name:
-        raise ValueError(f"an override is written field.name=value, not {override!r}")
-    *parents, last = name.split(".")
-    node = tree
-    try:
-        for part in parents:
-            if isinstance(node, dict) and node.get(part) is None:
-                node[part] = {}
-            node = node[int(part)] if isinstance(node, list) else node[part]
-        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
-    except (ValueError, IndexError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"override {override!r}: no such place, or no YAML value ({error})") from None
+    return load_settings(PrepareConfig, path, overrides, "preparation")
