@@ -6,7 +6,8 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -50,9 +51,17 @@ def safetensors_header(entries: Sequence[Entry]) -> bytes:
 def write_safetensors(sink: Sink, entries: Sequence[Entry]) -> None:
     """``entries`` as `in_file_order` has them."""
     sink.write(safetensors_header(entries))
-    for entry in entries:
-        for chunk in entry.chunks():
-            sink.write(as_bytes(chunk))
+    for chunk in ahead(chunk for entry in entries for chunk in entry.chunks()):
+        sink.write(as_bytes(chunk))
+
+
+def ahead(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same ones; the next is read by a thread while this one is written."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = thread.submit(next, chunks, None)
+            yield chunk
 
 
 def as_bytes(chunk: Tensor) -> memoryview:
@@ -110,7 +119,7 @@ def write_torch_zip(sink: Sink, content: Any, root: str) -> None:
             record.file_size = storage.entry.nbytes
             record.extra = _filling(sink.written, record)
             with archive.open(record, "w") as file:
-                for chunk in storage.entry.chunks():
+                for chunk in ahead(storage.entry.chunks()):
                     file.write(as_bytes(chunk))
         archive.writestr(zipfile.ZipInfo(f"{root}/version"), b"3\n")
 
