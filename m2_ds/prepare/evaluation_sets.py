@@ -95,7 +95,7 @@ def sign(job: Job, item: tuple[int, str]) -> dict[str, Any]:
 
 
 class Evaluation:
-    """What a worker holds of all evaluation sets: about 100 bytes a picture, and its bands."""
+    """What a worker holds of all evaluation sets: about 400 bytes a picture."""
 
     def __init__(self, job: Job) -> None:
         sets = job.config.evaluation_sets

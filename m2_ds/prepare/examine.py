@@ -104,7 +104,7 @@ class _Examination:
         return content
 
     def _batches(self, pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-        """Batches bounded in records and bytes; a record's file is read here, if it is small enough to be of use."""
+        """Batches bounded in records and bytes."""
         batch: list[Pair] = []
         held = 0
         source = iter(pairs)

@@ -1,11 +1,11 @@
 """Pictures that look alike: 64-bit hashes within a Hamming distance, found through equal bands, and colours to confirm.
 
 If two hashes differ in at most d bits, at least one of d + 1 bands that cut the 64 bits is equal in both (pigeonhole),
-so comparing within equal bands finds all such pairs. Legend: N pictures, C bytes of
-mean colours each.
+so comparing within equal bands finds all such pairs. Legend: N pictures, with C bytes of mean colours each.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,11 +24,18 @@ def bands(hashes: Array, distance: int) -> Array:
     return np.stack(found)
 
 
-def alike(hashes: Array, colours: Array, i: Array, j: Array, distance: int, colour: int) -> Array:
-    """bool [pairs]: which pairs (i, j) are within both bounds. hashes uint64 [N], colours uint8 [N, C]."""
-    near = np.bitwise_count(hashes[i] ^ hashes[j]) <= distance
+class Signed(NamedTuple):
+    """Signatures of pictures: hashes uint64 [N], colours uint8 [N, C]."""
+
+    hashes: Array
+    colours: Array
+
+
+def alike(one: Signed, i: Array, other: Signed, j: Array, distance: int, colour: int) -> Array:
+    """bool [pairs]: which pairs (one[i], other[j]) are within both bounds."""
+    near = np.bitwise_count(one.hashes[i] ^ other.hashes[j]) <= distance
     at = np.flatnonzero(near)
-    difference = np.abs(colours[i[at]].astype(np.int16) - colours[j[at]])
+    difference = np.abs(one.colours[i[at]].astype(np.int16) - other.colours[j[at]])
     near[at] = difference.max(axis=1, initial=0) <= colour
     return near
 
@@ -51,7 +58,7 @@ def earlier_twins(run: Array, hashes: Array, colours: Array, order: Array, dista
         hashes, colours: uint64 [N] and uint8 [N, C].
         order: int64 [N], distinct; a row is compared with those of less.
     """
-    count = len(run)
+    count, signed = len(run), Signed(hashes, colours)
     twins = np.full(count, -1, dtype=np.int64)
     sort = np.lexsort((order, hashes, run))
     # Equal signatures first: of a thousand equal pictures in a run only the first is compared with others.
@@ -64,7 +71,7 @@ def earlier_twins(run: Array, hashes: Array, colours: Array, order: Array, dista
     best = np.full(count, np.iinfo(np.int64).max)
     for i, j in within_runs(run[rows]):
         a, b = rows[i], rows[j]
-        near = alike(hashes, colours, a, b, distance, colour)
+        near = alike(signed, a, signed, b, distance, colour)
         a, b = a[near], b[near]
         closer = order[a] < best[b]
         best[b[closer]], twins[b[closer]] = order[a[closer]], a[closer]
@@ -93,7 +100,7 @@ class Index:
 
     def __init__(self, digests: Array, hashes: Array, colours: Array, distance: int | None, colour: int) -> None:
         self.digests = {bytes(digest) for digest in digests}
-        self.hashes, self.colours, self.distance, self.colour = hashes, colours, distance, colour
+        self.signed, self.distance, self.colour = Signed(hashes, colours), distance, colour
         self.sorted: list[tuple[Array, Array]] = []
         if distance is not None and len(hashes):
             for band in bands(hashes, distance):
@@ -105,14 +112,13 @@ class Index:
         found = np.full(len(hashes), -1, dtype=np.int64)
         if not self.sorted or self.distance is None:
             return found
-        everything, every_colour = np.concatenate([hashes, self.hashes]), np.concatenate([colours, self.colours])
         for (values, order), band in zip(self.sorted, bands(hashes, self.distance)):
             low, high = np.searchsorted(values, band, "left"), np.searchsorted(values, band, "right")
             lengths = high - low
             i = np.repeat(np.arange(len(hashes)), lengths)
             inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             j = order[np.repeat(low, lengths) + inside]
-            near = alike(everything, every_colour, i, j + len(hashes), self.distance, self.colour)
+            near = alike(Signed(hashes, colours), i, self.signed, j, self.distance, self.colour)
             for a, b in zip(i[near], j[near]):
                 found[a] = b if found[a] < 0 else min(found[a], b)
         return found

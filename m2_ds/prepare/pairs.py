@@ -1,5 +1,6 @@
 """What travels between the steps of a preparation: pairs, the tables between steps, and the ledger of counts."""
 
+import bisect
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
@@ -120,8 +121,7 @@ class Ledger:
         self.gone[rule] += len(pair.captions)
 
     def observe(self, name: str, language: str, value: float) -> None:
-        edges = EDGES[name]
-        place = max(0, sum(edge <= value for edge in edges) - 1)
+        place = max(0, bisect.bisect_right(EDGES[name], value) - 1)
         self.histograms.setdefault(f"{name}\t{language}", Counter())[place] += 1
 
     def balanced(self) -> bool:

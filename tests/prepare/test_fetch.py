@@ -51,6 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     _Handler.asked = Counter()
     made = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    made.block_on_close = False  # the slow answers go on by themselves
     made.handle_error = lambda *_: None  # type: ignore[method-assign, misc, assignment]
     thread = threading.Thread(target=partial(made.serve_forever, poll_interval=0.02))
     thread.start()
