@@ -21,7 +21,7 @@ def random_state(
     config: M2EncoderConfig = CONFIG, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Tensor]:
     """Any finite bits of the type would do; these are normal numbers, in the order of the network's names."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=g).to(dtype) for name, shape in canonical_shapes(config).items()}
 
 
@@ -47,7 +47,7 @@ def converted(source: Path, out: Path, **options: Any) -> Path:
     return out
 
 
-def same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name

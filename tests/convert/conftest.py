@@ -1,14 +1,19 @@
 """The goldens' model with a small tokenizer beside it, as the release's files and as a folder for transformers."""
 
 import os
+import resource
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2_ds import cli
 from m2_ds.data.text import Tokenizer
 from m2_ds.data.text_train import train as train_tokenizer
+from tests.convert.checkpoints import as_layout, converted, random_state, write
 
 GOLDENS = Path(__file__).parents[1] / "fixtures" / "goldens"
 TEXTS = [
@@ -69,3 +74,31 @@ def onnx_folder(released_file: Path) -> Path:
     out = released_file.parent / "m2-onnx"
     cli.run(cli.load("export onnx"), "m2 export onnx", [str(released_file), str(out), "--int8"])
     return out
+
+
+# -- files to damage --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("release"), as_layout(random_state(dtype=torch.float16), "lightning"))
+
+
+@pytest.fixture(scope="module")
+def legacy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    content = as_layout(random_state(dtype=torch.float16), "deepspeed")
+    return write(tmp_path_factory.mktemp("legacy"), content, legacy=True)
+
+
+@pytest.fixture(scope="module")
+def canonical(release: Path) -> Path:
+    return converted(release, release.parent / "canonical", shard_size="100kB")
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """No test that uses this may take much memory or time, whatever a file claims."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
+    assert time.monotonic() - start < 60

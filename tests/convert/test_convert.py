@@ -29,10 +29,10 @@ from tests.convert.checkpoints import (
     CONFIG,
     LAYOUTS,
     as_layout,
+    assert_same_bits,
     converted,
     left_in,
     random_state,
-    same_bits,
     write,
 )
 from tests.convert.conftest import GOLDENS
@@ -49,20 +49,20 @@ def test_round_trip_is_bit_for_bit(tmp_path: Path, layout: str, legacy: bool) ->
     state["logit_scale"] = torch.tensor(float("nan"), dtype=FP16)  # kept, whatever it is
     source = write(tmp_path / "in", as_layout(state, layout), legacy=legacy)
     canonical = converted(source, tmp_path / "canonical")
-    same_bits(read_weights(canonical), state)
+    assert_same_bits(read_weights(canonical), state)
     assert read_config(canonical) == CONFIG
     back_to = layout if layout in LAYOUTS else "bare"
     back = converted(canonical, tmp_path / "back", to="release", layout=back_to)
     content = torch.load(back / "back.ckpt", weights_only=True)
     key = LAYOUTS[back_to]
     names = as_layout(dict.fromkeys(state), back_to)
-    same_bits(
+    assert_same_bits(
         {name.removeprefix("_forward_module."): x for name, x in (content[key] if key else content).items()}, state
     )
     assert (content[key] if key else content).keys() == (names[key] if key else names).keys()
     assert find_release_config(back / "back.ckpt")[1] == find_release_config(source)[1]
     again = converted(back, tmp_path / "again")
-    same_bits(read_weights(again), state)
+    assert_same_bits(read_weights(again), state)
     assert left_in(tmp_path) == ["again", "back", "canonical", "in"]
 
 
@@ -72,7 +72,7 @@ def test_goldens_after_conversion(tmp_path: Path, layout: str) -> None:
     shutil.copy(GOLDENS / "variant_a" / layout, tmp_path / "m2.ckpt")
     shutil.copy(GOLDENS / "variant_a/config.json", tmp_path / "m2.json")
     canonical = converted(tmp_path / "m2.ckpt", tmp_path / "canonical")
-    same_bits(read_weights(canonical), load_file(GOLDENS / "variant_a/weights.safetensors"))
+    assert_same_bits(read_weights(canonical), load_file(GOLDENS / "variant_a/weights.safetensors"))
     back = converted(canonical, tmp_path / "back", to="release")
     inputs, want = (load_file(GOLDENS / f"variant_a/{name}puts.safetensors") for name in ("in", "out"))
     for path in (canonical, back):
@@ -89,7 +89,7 @@ def test_a_released_half_precision_file_is_mapped(tmp_path: Path) -> None:
     maps = Path("/proc/self/maps").read_text()
     assert str(source) in maps, "tensors are not in mapped memory"
     direct, through = (m2_ds.load(path)[0].state_dict() for path in (source, converted(source, tmp_path / "out")))
-    same_bits(direct, through)
+    assert_same_bits(direct, through)
 
 
 def test_what_torch_can_save_is_read_alike(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_bytes_in_the_other_order_are_turned(tmp_path: Path) -> None:
             new.writestr(info.filename, content)
     (tmp_path / "little.ckpt").unlink()
     (tmp_path / "m2.json").write_text((write(tmp_path / "x", state).parent / "m2.json").read_text())
-    same_bits(read_weights(converted(tmp_path / "m2.ckpt", tmp_path / "out")), state)
-    same_bits(read_release(tmp_path / "m2.ckpt"), state)
+    assert_same_bits(read_weights(converted(tmp_path / "m2.ckpt", tmp_path / "out")), state)
+    assert_same_bits(read_release(tmp_path / "m2.ckpt"), state)
 
 
 def test_strided_tensors_are_written_row_by_row(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_strided_tensors_are_written_row_by_row(tmp_path: Path) -> None:
     wide = {name: x.T.contiguous().T if x.dim() == 2 else x for name, x in state.items()}
     assert not all(x.is_contiguous() for x in wide.values())
     source = write(tmp_path, as_layout(wide, "model"))
-    same_bits(read_weights(converted(source, tmp_path / "out")), state)
+    assert_same_bits(read_weights(converted(source, tmp_path / "out")), state)
 
 
 def test_shards_index_order_and_checksums(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -194,8 +194,8 @@ def test_the_archive_is_one_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     state = random_state(dtype=FP16)
     out = converted(write(tmp_path / "in", state), tmp_path / "out", to="release", layout="bare")
     for mapped in (False, True):
-        same_bits(torch.load(out / "out.ckpt", weights_only=True, mmap=mapped), state)
-    same_bits(torch.load(out / "out.ckpt", weights_only=False), state)
+        assert_same_bits(torch.load(out / "out.ckpt", weights_only=True, mmap=mapped), state)
+    assert_same_bits(torch.load(out / "out.ckpt", weights_only=False), state)
     with zipfile.ZipFile(out / "out.ckpt") as archive:
         assert archive.testzip() is None
     for tensor in read_torch_file(out / "out.ckpt").content.values():
@@ -206,7 +206,7 @@ def test_the_archive_is_one_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_types_are_changed_as_torch_does(tmp_path: Path, dtype: str) -> None:
     state = random_state()
     out = converted(write(tmp_path / "in", state), tmp_path / "out", dtype=dtype)
-    same_bits(read_weights(out), {name: x.to(getattr(torch, dtype)) for name, x in state.items()})
+    assert_same_bits(read_weights(out), {name: x.to(getattr(torch, dtype)) for name, x in state.items()})
 
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_other_pictures_resize_positions(tmp_path: Path) -> None:
     out = converted(write(tmp_path / "in", state), tmp_path / "out", image_size=48, report=tmp_path / "r.json")
     found = read_weights(out)
     assert torch.equal(found[VISION_POSITIONS], resize_positions(state.pop(VISION_POSITIONS), 36))
-    same_bits({name: x for name, x in found.items() if name != VISION_POSITIONS}, state)
+    assert_same_bits({name: x for name, x in found.items() if name != VISION_POSITIONS}, state)
     assert read_config(out).image_size == 48
     assert json.loads((tmp_path / "r.json").read_text())["resized"] == {VISION_POSITIONS: [[19, 32], [39, 32]]}
     assert m2_ds.load(out)[0].encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 32)

@@ -16,8 +16,9 @@ from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.encoder import M2Encoder, canonical_shapes
 from m2_ds.model.weights import from_canonical, init_weights, to_canonical
 from m2_ds.parallel.mesh import Mesh
-from tests.convert.checkpoints import converted, left_in, same_bits
-from tests.convert.test_convert_hostile import damaged, hostile
+from tests.convert.checkpoints import assert_same_bits, converted, left_in
+from tests.convert.test_convert_damaged import damaged
+from tests.convert.test_convert_hostile import hostile
 from tests.support.ranks import run_ranks
 
 CONFIG = M2EncoderConfig.preset("test", num_layers=1)
@@ -160,7 +161,7 @@ def test_stages_of_a_pipeline_are_put_together(folder: Path, tmp_path: Path, pre
                 part = flat[place.start : place.start + place.numel]
                 whole = M2Encoder(CONFIG).get_parameter(inner).shape
                 wanted |= dict(to_canonical(inner, part.reshape(whole)))
-    same_bits(found, {name: wanted[name] for name in found})
+    assert_same_bits(found, {name: wanted[name] for name in found})
     assert len(optimizers) == 2 and found.keys() == canonical_shapes(CONFIG).keys()
     rounded = M2Encoder(CONFIG)
     init_weights(rounded, CONFIG, 5)
@@ -176,7 +177,7 @@ def test_a_tag_a_file_and_what_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not say which network it is of.*--config FILE"):
         converted(tag, tmp_path / "out")
     config = folder / "ours-1/config.json"
-    same_bits(
+    assert_same_bits(
         read_weights(converted(tag, tmp_path / "out", config=config)),
         read_weights(converted(folder / "ours-1", tmp_path / "same")),
     )

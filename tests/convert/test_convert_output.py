@@ -16,7 +16,7 @@ import torch
 
 from m2_ds.convert.canonical import read_weights, weight_files
 from m2_ds.convert.output import HashedFile, Output
-from tests.convert.checkpoints import as_layout, converted, left_in, random_state, same_bits, write
+from tests.convert.checkpoints import as_layout, assert_same_bits, converted, left_in, random_state, write
 
 SHARDS = {"shard_size": "100kB"}
 KILLED_AT = """
@@ -111,7 +111,7 @@ def test_a_damaged_journal_starts_afresh(tmp_path: Path, source: Path) -> None:
             patch.setattr(Output, "publish", interrupt)
             converted(source, tmp_path / "out", **SHARDS)
         (tmp_path / ".out.part.json").write_bytes(content)
-        same_bits(read_weights(converted(source, tmp_path / "out", **SHARDS)), random_state())
+        assert_same_bits(read_weights(converted(source, tmp_path / "out", **SHARDS)), random_state())
         shutil.rmtree(tmp_path / "out")
 
 
@@ -119,11 +119,11 @@ def test_a_finished_one_is_kept_unless_said_otherwise(tmp_path: Path, source: Pa
     out = converted(source, tmp_path / "out")
     with pytest.raises(ValueError, match=r"out exists: give another folder, or --overwrite"):
         converted(source, out, dtype="float16")
-    same_bits(read_weights(out), random_state())
+    assert_same_bits(read_weights(out), random_state())
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Output, "publish", interrupt)
         converted(source, out, dtype="float16", overwrite=True)
-    same_bits(read_weights(out), random_state())
+    assert_same_bits(read_weights(out), random_state())
     converted(source, out, dtype="float16", overwrite=True)
     assert {x.dtype for x in read_weights(out).values()} == {torch.float16}
     assert left_in(tmp_path) == ["in", "out"]
@@ -139,7 +139,7 @@ def test_what_was_there_comes_back_after_a_kill_between_two_renames(tmp_path: Pa
         state = random_state()
         state["norm.bias"][0] = 1e6
         converted(write(tmp_path / "other", state), out, dtype="float16", overwrite=True)
-    same_bits(read_weights(out), random_state())
+    assert_same_bits(read_weights(out), random_state())
     assert left_in(tmp_path) == ["in", "other", "out"]
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPat
     before = len(written)
     out = converted(source, tmp_path / "out", **SHARDS)
     assert len(written) - before < len(weight_files(out))
-    same_bits(read_weights(out), random_state())
+    assert_same_bits(read_weights(out), random_state())
 
 
 def test_a_source_that_is_cut_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

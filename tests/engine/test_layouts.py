@@ -55,7 +55,7 @@ def test_two_stages(recipe: dict[str, Any], deepspeed_files: dict[str, Path]) ->
 LAYOUTS = [(2, 2, 1), (2, 1, 2), (4, 2, 2), (4, 2, 1), (4, 1, 2), (8, 2, 2)]
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [4, 8])
 def test_all_axes_together(recipe: dict[str, Any], deepspeed_files: dict[str, Path], ranks: int) -> None:
     cases = []
     for _, tensor, pipeline in (layout for layout in LAYOUTS if layout[0] == ranks):
