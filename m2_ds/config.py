@@ -141,13 +141,13 @@ class RunConfig(Settings):
         "0: none, 256 is enough",
     )
     tokenizer: Path = Field(description="tokenizer folder or sentencepiece .model file")
+    loss: LossConfig = LossConfig()
     model: M2EncoderConfig
     lora: LoraConfig | None = Field(
         None, description="train low-rank adapters, and else only what optim.rules un-freeze; {} takes the defaults"
     )
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
-    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -164,6 +164,17 @@ class RunConfig(Settings):
                 raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
             return {**PRESETS[name], **changes}
         return value
+
+    @field_validator("model", mode="after")
+    @classmethod
+    def _heads(cls, model: M2EncoderConfig, info: ValidationInfo) -> M2EncoderConfig:
+        """With the heads that the loss asks for, and no other."""
+        loss: LossConfig | None = info.data.get("loss")
+        if loss is None:  # which is wrong itself, and told
+            return model
+        cmim = loss.cmim
+        outputs = (cmim.codes if cmim.targets == "codes" else model.patch_values) if cmim.weight else 0
+        return model.model_copy(update={"masked_text_head": loss.cmlm.weight > 0, "masked_image_head": outputs})
 
     @field_validator("data", mode="before")
     @classmethod
@@ -194,9 +205,24 @@ class RunConfig(Settings):
                 "needs the bias, and no other uses it"
             )
         self._check_layout()
+        self._check_masked()
         if self.lora is not None:
             self._check_lora()
         return self
+
+    def _check_masked(self) -> None:
+        attentive = self.loss.cmim.weight > 0 and self.loss.cmim.choose == "attentive"
+        for found, reason in (
+            (self.loss.masked and self.parallel.sequence_parallel, "loss.cmlm and loss.cmim put pictures and captions "
+             "in one sequence, which parallel.sequence_parallel cannot cut: set it to false"),
+            (attentive and self.parallel.pipeline_parallel_size > 1, "loss.cmim.choose attentive needs embeddings "
+             "before the joint sequences start, which a pipeline has at its end: set loss.cmim.choose: random, or "
+             "parallel.pipeline_parallel_size: 1"),
+            (attentive and self.model.patch_drop > 0, "loss.cmim.choose attentive compares all patches with the "
+             "caption, and model.patch_drop leaves some out: set one of them otherwise"),
+        ):  # fmt: skip
+            if found:
+                raise ValueError(reason)
 
     def _check_lora(self) -> None:
         ranks, stages = self.parallel.tensor_parallel_size, self.parallel.pipeline_parallel_size
@@ -206,6 +232,8 @@ class RunConfig(Settings):
              "1, and a DeepSpeed file of ZeRO stage 3 where the model does not fit"),
             (self.optim.kind == "muon", "trains by AdamW: set optim.kind: adamw"),
             (self.engine.fp8, "has no layers in fp8: set engine.fp8: false"),
+            (self.loss.masked, "adapts what the contrastive loss reaches: set loss.cmlm.weight and loss.cmim.weight to "
+             "0"),
         ):  # fmt: skip
             if found:
                 raise ValueError(f"lora {reason} (or leave lora out)")

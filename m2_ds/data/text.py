@@ -13,6 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -46,6 +47,24 @@ class TokenizerConfig(Settings):
     truncation: Truncation
     vocab_size: int
     model_sha256: str
+
+
+@dataclass(frozen=True)
+class Words:
+    """What of a vocabulary makes words, by id: whether a piece ``begins`` one, whether the next piece begins another
+    (``ends``), whether it is ``special`` and part of no word: bool [V]. ``mask_id`` stands for a hidden piece.
+
+    A word of a spaced script is all of its pieces; Chinese, which has no spaces, is hidden piece by piece (a character
+    or a word, as the vocabulary has it), and the bytes of a character that it lacks go together.
+    """
+
+    begins: Tensor
+    ends: Tensor
+    special: Tensor
+    mask_id: int
+
+    def to(self, device: torch.device | str) -> "Words":
+        return Words(self.begins.to(device), self.ends.to(device), self.special.to(device), self.mask_id)
 
 
 class Tokenizer(ABC):
@@ -121,6 +140,14 @@ class Tokenizer(ABC):
         if bad := [i for i in row if not 0 <= i < self.vocab_size]:
             raise ValueError(f"ids {bad[:5]} lie outside this tokenizer's vocabulary of {self.vocab_size} pieces")
         return self._join([i for i in row if i not in (self.cls_id, self.eos_id, self.pad_id)])
+
+    def words(self) -> Words:
+        """How pieces make words, for hiding these whole."""
+        pieces = [self._sp.id_to_piece(i) for i in range(self.vocab_size)]
+        special = [i in self.special_ids or self._sp.is_control(i) for i in range(self.vocab_size)]
+        ends = [bool(_ends_unspaced.search(piece)) for piece in pieces]
+        begins = [piece.startswith(_SPACE) or bool(_starts_unspaced.match(piece)) for piece in pieces]
+        return Words(torch.tensor(begins), torch.tensor(ends), torch.tensor(special), self.mask_id)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `tokenizer.model` and `tokenizer_config.json` into a folder; `load_tokenizer` reads them back."""
@@ -244,6 +271,8 @@ _UNSPACED = (
 _space_before = re.compile(rf" (?=[{_UNSPACED}])")
 _word_after = re.compile(rf"(?<=[{_UNSPACED}]) ?(?=[^\W{_UNSPACED}])")
 _starts_unspaced = re.compile(f"[{_UNSPACED}]")
+_ends_unspaced = re.compile(f"[{_UNSPACED}]$")
+_SPACE = "\u2581"  # sentencepiece's mark of a space
 
 
 def mark_words(text: str) -> str:

@@ -1,7 +1,8 @@
 """The batches of a step: one rank of each data-parallel position reads and decodes, those that share its model receive.
 
-Tensor-parallel ranks of the first stage get everything. Later stages of a pipeline never look at pictures and get none
-(their `images` are [b, 3, 0, 0]). What the reading rank cannot read stops all of them.
+Tensor-parallel ranks of the first stage get everything. Later stages of a pipeline get no pictures (their `images` are
+[b, 3, 0, 0]), but the last one does where it rebuilds hidden patches (loss.cmim). What the reading rank cannot read
+stops all of them.
 Legend: b pairs of a micro-batch, C captions a picture, L tokens of the longest caption.
 """
 
@@ -17,7 +18,7 @@ from m2_ds.data.batch import PairBatch, by_length
 from m2_ds.data.pairs import PairDataset
 from m2_ds.data.stream import build_loader
 from m2_ds.data.text import Tokenizer
-from m2_ds.parallel.collectives import broadcast, broadcast_object
+from m2_ds.parallel.collectives import broadcast, broadcast_object, receive, send
 from m2_ds.parallel.mesh import Group, Mesh
 
 KIND = "batches"  # under which traffic counts them
@@ -76,6 +77,7 @@ class StepBatches:
         self.mesh = mesh
         self.micro_batch, self.accumulation = config.batch_shape(mesh.data_parallel.size)
         self.sort = config.data.sort_by_length
+        self.pictures_at_end = config.loss.cmim.weight > 0 and mesh.pipeline.size > 1
         self.shared = mesh.tensor.size * mesh.pipeline.size > 1
         self.reads = mesh.tensor.is_first and mesh.pipeline.is_first
         self.stream: PairDataset | None = None
@@ -158,7 +160,7 @@ class StepBatches:
                 size = torch.Size(shape).numel()
                 parts.append(numbers[place : place + size].view(shape))
                 place += size
-            side = outline.side if first else 0
+            side = outline.side if first or (self.pictures_at_end and mesh.pipeline.is_last) else 0
             images = (
                 own[number].images
                 if self.reads
@@ -166,6 +168,10 @@ class StepBatches:
             )
             if first:
                 broadcast(images, mesh.tensor, 0, KIND)
+            if self.pictures_at_end and first:
+                send(images, mesh.pipeline.size - 1, mesh.pipeline, KIND)
+            elif self.pictures_at_end and mesh.pipeline.is_last:
+                receive(images, 0, mesh.pipeline, KIND)
             ids, mask, language, group, slot = parts
             about = outline.keys, outline.skipped, outline.other_language
             found.append(PairBatch(images, ids, mask, language, group, slot, *about))

@@ -22,6 +22,7 @@ class StepFlops:
         self._noise = Noise(torch.zeros(1, dtype=torch.int64, device="meta"))
         self.image = cache(self._image)
         self.text = cache(self._text)
+        self.joint = cache(self._joint)
 
     def __call__(self, images: int, texts: int, length: int) -> float:
         """Of ``images`` pictures and ``texts`` captions padded to ``length`` tokens."""
@@ -39,6 +40,20 @@ class StepFlops:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self._model.text_features(ids, ids)
         return counter.get_total_flops()
+
+    def _joint(self, length: int, share: float) -> float:
+        """Forward and backward of a caption's joint sequences for masked objectives, ``share`` of its tokens hidden."""
+        model, config = self._model, self._model.config
+        size, split = config.image_size, config.num_patches + 1
+        objectives = config.masked_text_head + (config.masked_image_head > 0)
+        images = torch.zeros(1, 3, size, size, device="meta")
+        ids = torch.zeros(objectives, length, dtype=torch.int64, device="meta")
+        valid = torch.ones(objectives, split + length, dtype=torch.bool, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            x = model.enter_jointly(model.backbone.vision_embed(images), ids, None)
+            x = model.backbone_vl(model.backbone.encoder(x, split, valid), split, valid)
+        outputs = share * length * config.vocab_size if config.masked_text_head else 0.0
+        return 3.0 * (counter.get_total_flops() + 2 * config.hidden_size * outputs)
 
 
 def layer_flops(config: M2EncoderConfig, captions: int = 2) -> list[float]:

@@ -20,6 +20,7 @@ from m2_ds.config import RunConfig
 from m2_ds.data.batch import PairBatch
 from m2_ds.data.pairs import PairDataset
 from m2_ds.engine.flops import StepFlops, peak_tflops
+from m2_ds.engine.masked import OBJECTIVES, summarise
 from m2_ds.engine.optim import lr_scale
 from m2_ds.engine.passes import PHASES
 from m2_ds.engine.step import ContrastiveStep, StepResult
@@ -89,6 +90,8 @@ class Monitor:
             self.skipped.update(batch.skipped)
             self.other_language += batch.other_language
             self.operations += self.flops(pairs, captions * pairs, length)
+            if self.config.loss.masked:
+                self.operations += captions * pairs * self.flops.joint(length, self.config.loss.cmlm.share)
         self.waited += waited
         if (step + 1) % self.config.log.every == 0 or self.config.checkpoint_due(step + 1):
             self._reset(self._write(step + 1))
@@ -103,6 +106,7 @@ class Monitor:
         sums = torch.stack([torch.cat([r.loss, r.count[None]]) for r in self.results]).sum(0)
         sent, held_up = self.mesh.traffic.take()
         sums = all_reduce_sum(sums, group, "log").cpu()  # waits for the device: the time below is the steps' own
+        of_masked, masked = summarise([r.masked for r in self.results if r.masked], self.languages, group)
         now = time.perf_counter()
         phases = self.clock.take()
         seconds = now - self.started
@@ -147,6 +151,8 @@ class Monitor:
         for replaced, other, _, _ in everyone:
             self.skipped_in_all.update(replaced)
             self.other_language_in_all += other
+        numbers["loss"] += of_masked
+        numbers |= masked
         numbers["skipped"] = dict(self.skipped_in_all)
         numbers["other_language"] = self.other_language_in_all
         if self.stream is not None:
@@ -252,6 +258,11 @@ def _line(numbers: dict[str, Any]) -> str:
     parts += [
         f"{numbers['tflops'] * 1000:.0f} GFLOP/s" if numbers["tflops"] < 1 else f"{numbers['tflops']:.1f} TFLOP/s"
     ]
+    accuracy = [f"{100 * x:.0f}" for name, x in numbers.items() if name.startswith("cmlm_accuracy/") and x is not None]
+    if accuracy:
+        parts.append(f"words {' '.join(accuracy)}%")
+    if "cmim_error" in numbers:
+        parts.append(f"patches {numbers['cmim_error']:.2f}")
     if numbers["mfu"]:
         parts.append(f"MFU {100 * numbers['mfu']:.0f}%")
     scale = next(value for name, value in reversed(numbers.items()) if name.startswith("logit_scale/"))
@@ -277,7 +288,8 @@ def _epochs(numbers: dict[str, float]) -> str:
 
 
 def _language_names(numbers: dict[str, Any]) -> list[str]:
-    return [n for n in numbers if n.startswith("loss/") and n not in ("loss/unimodal", "loss/vl")]
+    others = ("loss/unimodal", "loss/vl", *(f"loss/{name}" for name in OBJECTIVES))
+    return [n for n in numbers if n.startswith("loss/") and n not in others]
 
 
 def _forget_after(path: Path, step: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.encoder import M2Encoder, canonical_shapes
 from m2_ds.model.kernels import fused_adam
 from m2_ds.model.stack import Part
-from m2_ds.model.weights import LOGIT_SCALES, canonical_names, freeze_unused, has_adapters, is_adapter
+from m2_ds.model.weights import LOGIT_SCALES, MASKED_HEADS, canonical_names, freeze_unused, has_adapters, is_adapter
 
 _NOT_DECAYED = ("embed_positions", "cls_token", "mask_token")
 _LAYER = re.compile(r"(backbone\.encoder|backbone_vl)\.layers\.(\d+)\.")
@@ -24,12 +24,12 @@ _LAYER = re.compile(r"(backbone\.encoder|backbone_vl)\.layers\.(\d+)\.")
 
 def freeze_unreached(model: nn.Module, loss: LossConfig) -> None:
     """Exclude from training what this loss never reaches: without a gradient, some ZeRO stages would still decay it."""
-    freeze_unused(model)
+    freeze_unused(model, loss.masked, loss.cmim.weight > 0)
     unreached: list[str] = []
     if loss.unimodal_weight == 0:
         unreached += ["logit_scale", "logit_bias", "itc_text_proj.", "itc_image_proj."]
     if loss.vl_weight == 0:
-        unreached += ["logit_vl_scale", "logit_vl_bias", "itc_vl_", "backbone_vl."]
+        unreached += ["logit_vl_scale", "logit_vl_bias", "itc_vl_", *([] if loss.masked else ["backbone_vl."])]
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(unreached)):
             parameter.requires_grad_(False)
@@ -133,7 +133,11 @@ def _decay(name: str, parameter: nn.Parameter, config: OptimConfig) -> float:
 
 def _muon_parts(name: str, parameter: nn.Parameter) -> int:
     """How many matrices that Muon updates a weight stacks; 0 for what AdamW updates (inputs, outputs, vectors)."""
-    if parameter.dim() < 2 or name.startswith("itc_") or any(part in name for part in (*_NOT_DECAYED, "text_embed")):
+    if (
+        parameter.dim() < 2
+        or name.startswith(("itc_", *MASKED_HEADS))
+        or any(part in name for part in (*_NOT_DECAYED, "text_embed"))
+    ):
         return 0
     return 3 if ".qkv_proj." in name else 1
 

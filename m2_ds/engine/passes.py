@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from m2_ds.engine.clock import Clock
-from m2_ds.model.encoder import Features, LogitParameters
+from m2_ds.model.encoder import Outputs
+from m2_ds.model.masked import MaskedInputs, MaskedSums
 from m2_ds.model.random import Noise
 
 PHASES = ("forward", "exchange", "loss", "recompute", "backward", "update", "pipe")
@@ -20,7 +21,10 @@ PHASES = ("forward", "exchange", "loss", "recompute", "backward", "update", "pip
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of a micro-batch: ``images`` [b, 3, S, S], ``ids`` and ``mask`` [n, L], noise where anything is random."""
+    """Of a micro-batch: ``images`` [b, 3, S, S], ``ids`` and ``mask`` [n, L], noise where anything is random.
+
+    ``masked``: what masked objectives hide of it, in the forward that has a backward.
+    """
 
     images: Tensor
     ids: Tensor
@@ -28,32 +32,33 @@ class Inputs:
     image_noise: Noise | None
     text_noise: Noise | None
     captions: int
+    masked: MaskedInputs | None = None
 
 
 @dataclass(frozen=True)
 class Forward:
     """``features``: by level, pictures and then each set of captions, [b, E]; the logits' ``scales``, ``biases`` [1].
 
-    Or their gradients.
+    ``masked``: the sums [1] of the masked objectives. Or all their gradients.
     """
 
     features: list[Tensor]
     scales: list[Tensor]
     biases: list[Tensor]
+    masked: list[Tensor]
 
     @classmethod
-    def of(
-        cls, image: Features, text: Features, logits: LogitParameters, levels: Sequence[int], captions: int
-    ) -> "Forward":
+    def of(cls, out: Outputs, levels: Sequence[int], captions: int) -> "Forward":
         """From what the model gives, at the ``levels`` that the loss looks at."""
         features = []
         for level in levels:
-            features += [image[level], *text[level].unflatten(0, (captions, -1))]
-        biases = [] if logits.bias is None else [logits.bias[level] for level in levels]
-        return cls(features, [logits.scale[level] for level in levels], biases)
+            features += [out.image[level], *out.text[level].unflatten(0, (captions, -1))]
+        biases = [] if out.logits.bias is None else [out.logits.bias[level] for level in levels]
+        masked = [] if out.masked is None else out.masked.tensors()
+        return cls(features, [out.logits.scale[level] for level in levels], biases, masked)
 
     def tensors(self) -> list[Tensor]:
-        return [*self.features, *self.scales, *self.biases]
+        return [*self.features, *self.scales, *self.biases, *self.masked]
 
 
 def surrogate(outputs: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tensor:
@@ -62,6 +67,8 @@ def surrogate(outputs: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tensor:
 
 
 class Passes(Protocol):
+    sums: dict[int, MaskedSums]  # by micro-batch, of the last step's second pass: without their graph
+
     def forward(self, inputs: Sequence[Inputs]) -> Iterator[Forward]:
         """Pass 1: features of one micro-batch after another; nothing on ranks that do not end with them."""
 
@@ -81,14 +88,15 @@ class EnginePasses:
         self.coalesce = engine.gradient_accumulation_steps() < accumulation
         # Without ZeRO or bf16 the engine keeps no gradient norm.
         self.plain = engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+        self.sums: dict[int, MaskedSums] = {}
         self._graphs: list[Forward | None] = []
 
     def forward(self, inputs: Sequence[Inputs]) -> Iterator[Forward]:
         kept_from = max(0, len(inputs) - self.kept_graphs)
-        self._graphs = []
+        self._graphs, self.sums = [], {}
         for number, micro_batch in enumerate(inputs):
             with self.clock("forward"), torch.set_grad_enabled(number >= kept_from):
-                out = self._features(micro_batch)
+                out = self._features(number, micro_batch)
             self._graphs.append(out if number >= kept_from else None)
             yield out
 
@@ -103,7 +111,7 @@ class EnginePasses:
                 out, graphs[number] = graphs[number], None
                 if out is None:
                     with self.clock("recompute"):
-                        out = self._features(inputs[number])
+                        out = self._features(number, inputs[number])
                 with self.clock("backward"):
                     self.engine.backward(surrogate(out.tensors(), gradients[number].tensors()), scale_wrt_gas=False)
                 del out
@@ -114,11 +122,12 @@ class EnginePasses:
             self.engine.step()
         return self.engine.get_global_grad_norm() if norm is None else norm
 
-    def _features(self, micro_batch: Inputs) -> Forward:
-        image, text, logits = self.engine(
-            micro_batch.images, micro_batch.ids, micro_batch.mask, micro_batch.image_noise, micro_batch.text_noise
-        )
-        return Forward.of(image, text, logits, self.levels, micro_batch.captions)
+    def _features(self, number: int, x: Inputs) -> Forward:
+        masked = x.masked if torch.is_grad_enabled() else None  # their loss is local, so it rides on the second pass
+        out = self.engine(x.images, x.ids, x.mask, x.image_noise, x.text_noise, masked)
+        if out.masked is not None:
+            self.sums[number] = out.masked.detach()
+        return Forward.of(out, self.levels, x.captions)
 
     def _plain_norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])

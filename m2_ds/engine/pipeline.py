@@ -24,7 +24,8 @@ from m2_ds.engine.optim import freeze_unreached
 from m2_ds.engine.passes import Forward, Inputs, surrogate
 from m2_ds.model.encoder import M2Encoder
 from m2_ds.model.layers import Layers
-from m2_ds.model.pipeline import Stage, features_of, parts
+from m2_ds.model.masked import MaskedSums
+from m2_ds.model.pipeline import Asked, Stage, features_of, parts
 from m2_ds.model.stack import Part
 from m2_ds.parallel.collectives import broadcast, receive, send
 from m2_ds.parallel.mesh import Mesh
@@ -79,8 +80,9 @@ def build_pipeline(config: RunConfig, mesh: Mesh, layers: Layers) -> tuple[Pipel
 class PipelinePasses:
     """Under a pipeline engine. No graph is kept: pass 2 computes every micro-batch again."""
 
-    def __init__(self, engine: Any, clock: Clock, levels: list[int]) -> None:
-        self.engine, self.clock, self.levels = engine, clock, levels
+    def __init__(self, engine: Any, stage: Stage, clock: Clock, levels: list[int]) -> None:
+        self.engine, self.stage, self.clock, self.levels = engine, stage, clock, levels
+        self.sums: dict[int, MaskedSums] = {}
         self.unimodal = 0 in levels
         engine._INSTRUCTION_MAP = {
             kind: self._timed(kind, call) for kind, call in type(engine)._INSTRUCTION_MAP.items()
@@ -97,14 +99,19 @@ class PipelinePasses:
         )  # fmt: skip
         if self.engine.is_last_stage():
             for micro_batch, out in zip(inputs, outputs):
-                yield Forward.of(*features_of(out, self.unimodal), self.levels, micro_batch.captions)
+                yield Forward.of(features_of(out, self.unimodal), self.levels, micro_batch.captions)
 
     def backward(self, inputs: Sequence[Inputs], gradients: Sequence[Forward] | None) -> Tensor | float | None:
         self._forward_phase = "recompute"
         labels: list[Any] = [torch.zeros(1)] * len(inputs)
         if gradients is not None:
             labels = [self._labels(x, micro_batch.captions) for x, micro_batch in zip(gradients, inputs)]
-        self.engine.train_batch(iter([(self._pictures(x), label) for x, label in zip(inputs, labels)]))
+            self.stage.asked.extend(Asked(x.images, x.ids, x.masked) for x in inputs if x.masked is not None)
+        self.engine.train_batch(
+            iter([((*self._pictures(x), *self._joint(x)), label) for x, label in zip(inputs, labels)])
+        )
+        self.sums = dict(enumerate(self.stage.sums))
+        self.stage.sums.clear()
         return self.engine.get_global_grad_norm()
 
     def _labels(self, gradients: Forward, captions: int) -> tuple[Tensor, ...]:
@@ -115,7 +122,8 @@ class PipelinePasses:
         for level in range(len(self.levels)):
             image, *text = gradients.features[level * each : (level + 1) * each]
             found += [k * image, k * torch.cat(text)]
-        return (*found, *(k * x for x in self._both(gradients.scales)), *(k * x for x in self._both(gradients.biases)))
+        logits = [*self._both(gradients.scales), *self._both(gradients.biases)]
+        return (*found, *(k * x for x in logits), *(k * x for x in gradients.masked))
 
     def _both(self, of_levels: list[Tensor]) -> list[Tensor]:
         """A logit parameter of a level that the loss does not look at gets a gradient of zero."""
@@ -130,6 +138,15 @@ class PipelinePasses:
             for x, noise in ((images, micro_batch.image_noise), (mask, micro_batch.text_noise))
         ]
         return (images, micro_batch.ids, mask, *keys)
+
+    def _joint(self, micro_batch: Inputs) -> tuple[Tensor, ...]:
+        masked = micro_batch.masked
+        if masked is None:
+            return ()
+        ids, patches = masked.ids(micro_batch.ids), masked.hidden_patches()
+        if patches is None:
+            patches = ids.new_zeros(len(ids), 1)
+        return ids, patches.to(torch.uint8)
 
     def _timed(self, kind: type, call: Callable[..., None]) -> Callable[..., None]:
         def timed(engine: Any, **arguments: Any) -> None:

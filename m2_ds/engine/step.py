@@ -18,7 +18,9 @@ from torch import Tensor
 
 from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
+from m2_ds.data.text import Words
 from m2_ds.engine.clock import Clock
+from m2_ds.engine.masked import MaskedResult, Masking
 from m2_ds.engine.passes import EnginePasses, Forward, Inputs, Passes
 from m2_ds.loss.answers import PADDING
 from m2_ds.loss.contrastive import ContrastiveLoss, Level, contrastive_loss
@@ -46,12 +48,14 @@ class StepResult:
     grad_norm: Tensor | float | None
     contrastive_batch: int | Tensor
     repeated: int | Tensor
+    masked: MaskedResult | None = None
 
 
 class ContrastiveStep:
     """The two-pass step under a DeepSpeed engine, pipelined or not. ``clock`` counts its phases."""
 
-    def __init__(self, engine: Any, config: RunConfig, mesh: Mesh, languages: int) -> None:
+    def __init__(self, engine: Any, config: RunConfig, mesh: Mesh, languages: int, words: Words | None = None) -> None:
+        """``words``: the tokenizer's, where the loss has masked objectives."""
         self.config, self.mesh, self.languages = config, mesh, languages
         model = config.model
         self.clock = Clock(mesh.device)
@@ -64,29 +68,40 @@ class ContrastiveStep:
         if mesh.pipeline.size > 1:
             from m2_ds.engine.pipeline import PipelinePasses
 
-            self.passes = PipelinePasses(engine, self.clock, numbers)
+            self.passes = PipelinePasses(engine, engine.module.forward_funcs[0], self.clock, numbers)
         else:
             self.passes = EnginePasses(engine, self.clock, numbers, self.accumulation, config.engine.kept_graphs)
+        self.masking: Masking | None = None
+        if config.loss.masked:
+            assert words is not None
+            self.masking = Masking(config, mesh, words, languages)
 
     @property
     def level_names(self) -> list[str]:
         return [LEVELS[level] for level, _ in self.levels]
 
-    def __call__(self, batches: Sequence[PairBatch]) -> StepResult:
-        """Every rank brings as many micro-batches; one with fewer than b pairs, or none, is filled up with padding."""
+    def __call__(self, batches: Sequence[PairBatch], step: int = 0) -> StepResult:
+        """``step``: its number from 0, by which the masked objectives' weights go.
+
+        Every rank brings as many micro-batches; one with fewer than b pairs, or none, is filled up with padding.
+        """
         assert len(batches) == self.accumulation
         batches = [_filled(batch, self.micro_batch) for batch in batches]
         ids = torch.cat([batch.group for batch in batches])
         inputs = [self._inputs(batch) for batch in batches]
+        if self.masking is not None:
+            inputs = self.masking.of(inputs, batches)
         forwards = self.passes.forward(inputs)
         loss = scales = None
         if self.mesh.pipeline.is_last:
             loss, scales = self._compare(forwards, ids)
         else:  # features end on another stage; this one has its part in them all the same
             assert not list(forwards)
-        norm = self.passes.backward(inputs, None if loss is None else self._gradients(loss))
+        of_masked = [] if self.masking is None else self.masking.gradients(step)
+        norm = self.passes.backward(inputs, None if loss is None else self._gradients(loss, of_masked))
         language = torch.cat([batch.language for batch in batches], dim=1)
-        return self._result(loss, scales, norm, language, ids)
+        masked = None if self.masking is None else self.masking.result(self.passes.sums, batches, step)
+        return self._result(loss, scales, norm, language, ids, masked)
 
     def _compare(self, forwards: Iterator[Forward], ids: Tensor) -> tuple[ContrastiveLoss, Tensor]:
         """The loss over the group's pairs, and exp(logit_scale) [N]. Features travel while the next are computed."""
@@ -113,8 +128,8 @@ class ContrastiveStep:
         ids, mask = batch.ids.flatten(0, 1), batch.mask.flatten(0, 1)
         return Inputs(batch.images, ids, mask, image_noise, text_noise, captions)
 
-    def _gradients(self, loss: ContrastiveLoss) -> list[Forward]:
-        """What pass 2 starts from, by micro-batch.
+    def _gradients(self, loss: ContrastiveLoss, of_masked: list[Tensor]) -> list[Forward]:
+        """What pass 2 starts from, by micro-batch; ``of_masked``: of the masked objectives' sums.
 
         The engine averages over all data-parallel ranks: own shares times the group's data-parallel ranks have the mean
         over groups of the groups' gradients as that average. Scales and biases get theirs once, from the micro-batches
@@ -126,7 +141,7 @@ class ContrastiveStep:
         biases = [x.logit_bias * (ranks / self.accumulation) for x in loss.gradients if x.logit_bias is not None]
         features = [x * ranks for level in loss.gradients for x in level.features]
         parts = zip(*(x.split(self.micro_batch) for x in features))
-        return [Forward(list(part), scales, biases) for part in parts]
+        return [Forward(list(part), scales, biases, of_masked) for part in parts]
 
     def _result(
         self,
@@ -135,6 +150,7 @@ class ContrastiveStep:
         norm: Tensor | float | None,
         language: Tensor,
         ids: Tensor,
+        masked: MaskedResult | None,
     ) -> StepResult:
         """On every rank of a pipeline what its last stage found."""
         real = (ids != PADDING).float().expand(len(language), -1).flatten()
@@ -142,14 +158,19 @@ class ContrastiveStep:
         if self.mesh.pipeline.size == 1:
             assert loss is not None and scales is not None
             by_language = self._by_language(loss.by_pair, language)
-            return StepResult(by_language, count.to(by_language), scales, norm, loss.pairs, loss.repeated)
+            return StepResult(by_language, count.to(by_language), scales, norm, loss.pairs, loss.repeated, masked)
         levels, size = len(self.levels), len(self.levels) * self.languages
         told = count.new_empty(size + levels + 2)
         if loss is not None and scales is not None:
             counts = told.new_tensor([float(loss.pairs), float(loss.repeated)])
             told = torch.cat([self._by_language(loss.by_pair, language).flatten(), scales, counts])
-        broadcast(told, self.mesh.pipeline, self.mesh.pipeline.size - 1, "log")
-        return StepResult(told[:size].view(levels, self.languages), count, told[size:-2], norm, told[-2], told[-1])
+        last = self.mesh.pipeline.size - 1
+        broadcast(told, self.mesh.pipeline, last, "log")
+        if masked is not None:
+            for sums in (masked.words, masked.patches):
+                broadcast(sums, self.mesh.pipeline, last, "log")
+        by_language = told[:size].view(levels, self.languages)
+        return StepResult(by_language, count, told[size:-2], norm, told[-2], told[-1], masked)
 
     def _by_language(self, by_pair: Tensor, language: Tensor) -> Tensor:
         sums = by_pair.new_zeros(len(by_pair), self.languages)

@@ -38,7 +38,8 @@ class Trainer:
         self.engine, self.model, self.config, self.mesh = engine, model, config, mesh
         self.tokenizer, self.evaluate = tokenizer, evaluate
         self.languages = list(config.data.languages)
-        self.step = ContrastiveStep(engine, config, mesh, len(self.languages))
+        words = tokenizer.words() if config.loss.masked else None
+        self.step = ContrastiveStep(engine, config, mesh, len(self.languages), words)
 
     def run(self, start: int, samples: int) -> None:
         """``start``, ``samples``: steps that were done, and pairs that the run has seen, before this job."""
@@ -55,7 +56,7 @@ class Trainer:
                     asked = time.perf_counter()
                     pairs = next(batches)
                     waited = time.perf_counter() - asked
-                    monitor.add(step, pairs, self.step(pairs), waited)
+                    monitor.add(step, pairs, self.step(pairs, step), waited)
                     samples += config.global_batch
                     paused = time.perf_counter()
                     with mesh.traffic.left_out():

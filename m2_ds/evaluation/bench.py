@@ -25,6 +25,7 @@ from m2_ds.evaluation.embed import (
     embed_texts,
     list_split,
 )
+from m2_ds.evaluation.matching import Matching
 from m2_ds.evaluation.retrieval import RetrievalResult, retrieval
 from m2_ds.evaluation.sources import Decode, Source, decode_as_release, identity, open_source
 from m2_ds.parallel.collectives import broadcast_object
@@ -127,6 +128,14 @@ class Bench:
             texts[language] = TextEmbeddings(different, self.texts(different, language), text, owner)
         return Embeddings(view.images, listing.keys, listing.groups, listing.categories, texts)
 
+    def matching(self, task: Task, part: str) -> Matching:
+        """Its pictures and captions in one sequence. Raises ValueError for a model that has no words to tell."""
+        view, threads = self.view(task, part), self.config.threads
+        return Matching(
+            self.model, self.processor, view.source, view.rows, reader(task), self.batch_size, self.device, threads,
+            self.group,
+        )  # fmt: skip
+
     def retrieval(self, task: RetrievalTask, part: str) -> dict[str, RetrievalResult]:
         """By language."""
         place = (task.title, part)
@@ -161,4 +170,4 @@ def _place(task: Task, part: str) -> _Place:
 
 
 def _protocol(task: Task) -> Way:
-    return "fair" if task.kind == "hard_negatives" else task.protocol
+    return task.protocol if task.kind in ("retrieval", "zeroshot") else "fair"

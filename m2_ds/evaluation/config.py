@@ -41,6 +41,11 @@ class _Task(Settings):
     def title(self) -> str:
         return self.name or _folder_name(self.place)
 
+    @property
+    def metric(self) -> str:
+        """What is measured: two tasks of one data set may not measure the same."""
+        return "/".join(str(getattr(self, name)) for name in ("kind", "score") if hasattr(self, name))
+
     def _reads_one_of(self, **others: Path | str | None) -> None:
         places: dict[str, Path | str | None] = {"dataset": self.dataset, **others}
         given = [name for name, value in places.items() if value is not None]
@@ -140,6 +145,12 @@ class HardNegativesTask(_Task):
 
     kind: Literal["hard_negatives"] = "hard_negatives"
     caption_kinds: Names | None = Field(None, description="kinds of true captions that count; None: all")
+    score: Literal["cosine", "words"] = Field(
+        "cosine",
+        description="cosine of the embeddings, or words: how well the caption's words are told from the picture and "
+        "each other (a model trained with loss.cmlm)",
+    )
+    rounds: int = Field(4, ge=1, description="of score words: forwards a pair, in each of which other words are hidden")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -147,7 +158,19 @@ class HardNegativesTask(_Task):
         return self
 
 
-Task = Annotated[RetrievalTask | ZeroShotTask | HardNegativesTask, Field(discriminator="kind")]
+class HiddenWordsTask(_Task):
+    """How often hidden words of true captions are told, given the picture, and given a grey one."""
+
+    kind: Literal["hidden_words"] = "hidden_words"
+    caption_kinds: Names | None = Field(None, description="kinds of captions that count; None: all")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        self._reads_one_of()
+        return self
+
+
+Task = Annotated[RetrievalTask | ZeroShotTask | HardNegativesTask | HiddenWordsTask, Field(discriminator="kind")]
 
 
 class EvaluationConfig(Settings):
@@ -166,7 +189,7 @@ class EvaluationConfig(Settings):
         seen = set()
         for task in self.tasks:
             for part in task.parts:
-                if (place := (task.kind, task.title, part)) in seen:
+                if (place := (task.metric, task.title, part)) in seen:
                     raise ValueError(f"two {task.kind} tasks write {task.title}/{part}: give one of them another name")
                 seen.add(place)
         return self

@@ -65,15 +65,18 @@ def probe_pairs(listing: Listing, language: str, caption_kinds: Sequence[str] | 
 def probe(image: Tensor, features: Tensor, pairs: ProbePairs) -> ProbeResult:
     """image fp32 [N, E], features fp32 [U, E] of `pairs.texts`."""
     own = image[pairs.picture]
-    true = (own * features[pairs.true]).sum(1)
-    wrong = (own * features[pairs.negative]).sum(1)
+    return judge((own * features[pairs.true]).sum(1), (own * features[pairs.negative]).sum(1), pairs, len(image))
+
+
+def judge(true: Tensor, wrong: Tensor, pairs: ProbePairs, pictures: int) -> ProbeResult:
+    """From scores fp32 [P] of the true captions and of the negatives; ``pictures``: N."""
     if not bool((true.isfinite() & wrong.isfinite()).all()):
-        raise ValueError("the embeddings hold NaN or infinity: the weights they came from have diverged")
+        raise ValueError("the scores hold NaN or infinity: the weights they came from have diverged")
     won = (true > wrong).double() + 0.5 * (true == wrong).double()
     result = ProbeResult({}, {}, {})
     for kind in [*sorted(set(pairs.kinds)), "all"]:
         chosen = torch.tensor([kind in ("all", other) for other in pairs.kinds])
-        lost = torch.zeros(len(image), dtype=torch.bool)
+        lost = torch.zeros(pictures, dtype=torch.bool)
         lost[pairs.picture[chosen & (won < 1)]] = True
         asked = pairs.picture[chosen].unique()
         result.pairs[kind] = float(won[chosen].mean())

@@ -15,10 +15,10 @@ import torch
 from m2_ds.evaluation.bench import Bench, View, reader, where
 from m2_ds.evaluation.cache import Cache
 from m2_ds.evaluation.class_names import load_classes, load_templates
-from m2_ds.evaluation.config import EvaluationConfig, HardNegativesTask, RetrievalTask, ZeroShotTask
+from m2_ds.evaluation.config import EvaluationConfig, HardNegativesTask, HiddenWordsTask, RetrievalTask, ZeroShotTask
 from m2_ds.evaluation.embed import Model, Processor
 from m2_ds.evaluation.gallery import gallery
-from m2_ds.evaluation.probes import probe, probe_pairs
+from m2_ds.evaluation.probes import ProbePairs, ProbeResult, judge, probe, probe_pairs
 from m2_ds.evaluation.release import Listed, release_recall
 from m2_ds.evaluation.sources import FolderSource, ListSource
 from m2_ds.evaluation.zeroshot import classify, labels_of, mean_of_prompts, prompts, write_predictions
@@ -42,7 +42,13 @@ class Entry:
 
     @property
     def prefix(self) -> str:
-        return "/".join((self.task, self.split, self.language, *([] if self.kind == "retrieval" else [self.kind])))
+        return "/".join((self.task, self.split, self.language, *([] if self.kind == "retrieval" else [self.metric])))
+
+    @property
+    def metric(self) -> str:
+        """What stands for the kind of measurement in metrics' names; cosine is what is meant where nothing is said."""
+        score = self.facts.get("score", "cosine")
+        return self.kind if score == "cosine" else f"{self.kind}_by_{score}"
 
     def flat(self) -> dict[str, float]:
         return {f"{self.prefix}/{name}": value for name, value in self.metrics.items()}
@@ -121,9 +127,36 @@ def _hard_negatives(bench: Bench, task: HardNegativesTask, part: str) -> list[En
         pairs = probe_pairs(view.listing, language, task.caption_kinds)
         if not pairs.kinds:
             raise ValueError(f"{where(task, part)} has no hard negatives in {language!r}")
-        result = probe(view.images, bench.texts(pairs.texts, language), pairs)
-        facts = {"pairs": result.count, "skipped": view.skipped}
+        if task.score == "cosine":
+            result = probe(view.images, bench.texts(pairs.texts, language), pairs)
+        else:
+            result = _probe_by_words(bench, task, part, pairs)
+        facts = {"pairs": result.count, "skipped": view.skipped, "score": task.score}
         found.append(Entry(task.kind, task.title, part, language, result.metrics(), facts))
+    return found
+
+
+def _probe_by_words(bench: Bench, task: HardNegativesTask, part: str, pairs: ProbePairs) -> ProbeResult:
+    both = [list(zip(pairs.picture.tolist(), rows.tolist())) for rows in (pairs.true, pairs.negative)]
+    place = {pair: number for number, pair in enumerate(dict.fromkeys(both[0] + both[1]))}
+    asked = [(picture, pairs.texts[row]) for picture, row in place]
+    scores = bench.matching(task, part).scores(asked, task.rounds, f"pairs {part}")
+    true, wrong = (scores[[place[pair] for pair in some]] for some in both)
+    return judge(true, wrong, pairs, len(bench.view(task, part).rows))
+
+
+def _hidden_words(bench: Bench, task: HiddenWordsTask, part: str) -> list[Entry]:
+    view, matching = bench.view(task, part), bench.matching(task, part)
+    found = []
+    for language in task.languages:
+        texts, text, owner = view.listing.texts(language, task.caption_kinds)
+        if not texts:
+            raise ValueError(f"{where(task, part)} has no captions in {language!r} of kinds {task.caption_kinds}")
+        pairs = [(picture, texts[row]) for picture, row in zip(owner.tolist(), text.tolist())]
+        words, right, blind = matching.told(pairs, f"hidden words {language}").double().sum(0).tolist()
+        metrics = {"accuracy": 100 * right / max(words, 1), "accuracy_blind": 100 * blind / max(words, 1)}
+        facts = {"words": int(words), "captions": len(pairs), "skipped": view.skipped}
+        found.append(Entry(task.kind, task.title, part, language, metrics, facts))
     return found
 
 
@@ -132,6 +165,7 @@ EVALUATORS: dict[str, Callable[[Bench, Any, str], list[Entry]]] = {
     "retrieval": _retrieval,
     "zeroshot": _zeroshot,
     "hard_negatives": _hard_negatives,
+    "hidden_words": _hidden_words,
 }
 
 

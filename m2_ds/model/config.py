@@ -36,6 +36,10 @@ class M2EncoderConfig(Settings):
     logit_bias: bool = Field(
         False, description="a learned offset of the logits at each level (SigLIP's), for loss.form sigmoid"
     )
+    masked_text_head: bool = Field(False, description="a head that tells hidden words (loss.cmlm); no released part")
+    masked_image_head: int = Field(
+        0, ge=0, description="outputs a patch of a head that tells hidden patches (loss.cmim); 0: none, as released"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last layer, rising from 0; training")
     patch_drop: float = Field(0.0, ge=0, lt=1, description="share of patches left out of a training forward (FLIP)")
     position_std: float = Field(
@@ -68,6 +72,15 @@ class M2EncoderConfig(Settings):
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of a patch's pixels."""
+        return 3 * self.patch_size**2
+
+    def without_masked_heads(self) -> "M2EncoderConfig":
+        """The released network alone."""
+        return self.model_copy(update={"masked_text_head": False, "masked_image_head": 0})
 
     @property
     def ffn_size(self) -> int:

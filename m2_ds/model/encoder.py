@@ -8,9 +8,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.layers import WHOLE, Layers
+from m2_ds.model.masked import (
+    ImageHead,
+    MaskedInputs,
+    MaskedSums,
+    TextHead,
+    image_sums,
+    joint_noise,
+    joint_valid,
+    text_sums,
+)
 from m2_ds.model.multiway import ALL_A, ALL_B
 from m2_ds.model.random import Noise
 from m2_ds.model.stack import POSITION_OFFSET, Encoder, Part
@@ -33,6 +44,15 @@ class LogitParameters(NamedTuple):
 
     scale: tuple[Tensor, Tensor]
     bias: tuple[Tensor, Tensor] | None
+
+
+class Outputs(NamedTuple):
+    """Of a training forward: features of pictures and captions, what makes logits of their cosines, masked sums."""
+
+    image: Features
+    text: Features
+    logits: LogitParameters
+    masked: MaskedSums | None
 
 
 class VisionEmbedding(nn.Module):
@@ -64,10 +84,13 @@ class VisionEmbedding(nn.Module):
                 f"images have shape {list(images.shape)}; this model takes [B, 3, {self.image_size}, {self.image_size}]"
             )
         x = self.proj(self.normalise(images))
-        if masked is not None:
-            m = masked[..., None].to(x.dtype)
-            x = x * (1 - m) + self.mask_token * m
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return x if masked is None else self.hide(x, masked)
+
+    def hide(self, x: Tensor, masked: Tensor) -> Tensor:
+        """Tokens [B, P + 1, D] with the mask token in place of patches, by bool [B, P]."""
+        m = F.pad(masked, (1, 0))[..., None].to(x.dtype)
+        return x * (1 - m) + self.mask_token * m
 
 
 class Backbone(nn.Module):
@@ -92,8 +115,12 @@ class Head(nn.Module):
         self.fc = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        return self.each(hidden[:, 0])
+
+    def each(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., E]."""
         # Half-precision features are normalised in fp32: the loss compares their cosines with a scale of up to 100.
-        x = self.fc(hidden[:, 0])
+        x = self.fc(x)
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         return x / x.norm(dim=-1, keepdim=True)
 
@@ -120,6 +147,8 @@ class M2Encoder(nn.Module):
     itc_image_proj: "Head"
     itc_vl_text_proj: "Head"
     itc_vl_image_proj: "Head"
+    masked_text_head: TextHead
+    masked_image_head: ImageHead
 
     def __init__(self, config: M2EncoderConfig, layers: Layers = WHOLE, part: Part | None = None) -> None:
         super().__init__()
@@ -137,14 +166,22 @@ class M2Encoder(nn.Module):
             self.pooler = Pooler(width)
             for name in HEADS:
                 self.add_module(name, Head(width, config.embed_dim))
+            if config.masked_text_head:
+                self.masked_text_head = TextHead(width, config.vocab_size, layers)
+            if config.masked_image_head:
+                self.masked_image_head = ImageHead(width, config.masked_image_head)
         register_canonical_names(self)
 
     # -- one modality ------------------------------------------------------------------------------------------------
 
     def image_hidden(self, images: Tensor, masked: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """Backbone states [B, T, D] of pictures; with ``noise``, a share ``patch_drop`` of the patches is left out."""
+        return self.patches_hidden(self.backbone.vision_embed(images, masked), noise)
+
+    def patches_hidden(self, tokens: Tensor, noise: Noise | None = None) -> Tensor:
+        """`image_hidden` of what `VisionEmbedding` gives, [B, P + 1, D]."""
         encoder = self.backbone.encoder
-        x = encoder.add_positions(self.backbone.vision_embed(images, masked), "A")
+        x = encoder.add_positions(tokens, "A")
         if noise is not None and self.config.patch_drop > 0:
             x = drop_patches(x, self.config.patch_drop, noise)
         return encoder(x, ALL_A, noise=noise)
@@ -157,7 +194,9 @@ class M2Encoder(nn.Module):
 
     def image_features(self, images: Tensor, noise: Noise | None = None) -> Features:
         """Both levels' unit vectors of pictures uint8 or float [B, 3, S, S]."""
-        hidden = self.image_hidden(images, noise=noise)
+        return self._image_features(self.image_hidden(images, noise=noise), noise)
+
+    def _image_features(self, hidden: Tensor, noise: Noise | None) -> Features:
         vl = self.backbone_vl(hidden, ALL_A, noise=noise, first_only=True)
         return Features(self.itc_image_proj(hidden), self.itc_vl_image_proj(vl))
 
@@ -191,16 +230,21 @@ class M2Encoder(nn.Module):
 
         Fewer captions than pictures are repeated. ``attention_mask`` as in `Encoder`.
         """
-        encoder = self.backbone.encoder
         if len(ids) < len(images):
             if len(images) % len(ids):
                 raise ValueError(f"{len(ids)} captions cannot be repeated for {len(images)} pictures")
             repeats = len(images) // len(ids)
             ids, mask = ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
-        vision = encoder.add_positions(self.backbone.vision_embed(images, masked), "A")
+        x = self.joint_tokens(self.backbone.vision_embed(images, masked), ids)
+        patches = x.shape[1] - ids.shape[1]
+        valid = torch.cat([mask.new_ones(len(x), patches), mask], dim=1).bool()
+        return self.backbone.encoder(x, patches, valid, attention_mask=attention_mask)
+
+    def joint_tokens(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """[B, P + 1 + L, D] of what `VisionEmbedding` gives, and captions, with their positions."""
+        encoder = self.backbone.encoder
         text = encoder.add_positions(self.backbone.text_embed(ids), "B")
-        valid = torch.cat([mask.new_ones(vision.shape[:2]), mask], dim=1).bool()
-        return encoder(torch.cat([vision, text], dim=1), vision.shape[1], valid, attention_mask=attention_mask)
+        return torch.cat([encoder.add_positions(tokens, "A"), text], dim=1)
 
     def fuse(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Vision-language states [B, P + 1 + L, D] of picture-caption pairs (text by the B branch)."""
@@ -209,6 +253,8 @@ class M2Encoder(nn.Module):
         valid = torch.cat([mask.new_ones(len(hidden), split), mask.expand(len(hidden), -1)], dim=1).bool()
         return self.backbone_vl(hidden, split, valid)
 
+    # -- training ------------------------------------------------------------------------------------------------------
+
     def forward(
         self,
         images: Tensor,
@@ -216,10 +262,45 @@ class M2Encoder(nn.Module):
         mask: Tensor,
         image_noise: Noise | None = None,
         text_noise: Noise | None = None,
-    ) -> tuple[Features, Features, LogitParameters]:
-        """Features of pictures and of captions, and what turns their cosines into logits (part of the graph)."""
-        image = self.image_features(images, image_noise)
-        return image, self.text_features(ids, mask, text_noise), self.logit_parameters()
+        masked: MaskedInputs | None = None,
+    ) -> Outputs:
+        """Features of b pictures and n captions and, with ``masked``, what the masked objectives make of both."""
+        tokens = self.backbone.vision_embed(images)
+        hidden = self.patches_hidden(tokens, image_noise)
+        image = self._image_features(hidden, image_noise)
+        text = self.text_features(ids, mask, text_noise)
+        sums = None
+        if masked is not None:
+            ids, valid = cut_to_longest(ids, mask)
+            valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+            if masked.chooses:
+                masked = masked.choose(self.itc_image_proj.each(hidden[:, 1:]), text.unimodal)
+            split, noise = tokens.shape[1], joint_noise(text_noise, masked.objectives)
+            x = self.enter_jointly(tokens, masked.ids(ids), masked.hidden_patches())
+            valid = joint_valid(valid, split, masked.objectives)
+            x = self.backbone_vl(self.backbone.encoder(x, split, valid, noise), split, valid, noise)
+            sums = self.masked_sums(x, images, ids, masked)
+        return Outputs(image, text, self.logit_parameters(), sums)
+
+    def enter_jointly(self, tokens: Tensor, ids: Tensor, patches: Tensor | None) -> Tensor:
+        """J sequences [J, P + 1 + L, D] of captions [J, L] and pictures' tokens [b, P + 1, D], ``patches`` hidden.
+
+        Sequence j is of picture j modulo b.
+        """
+        tokens = tokens.repeat(len(ids) // len(tokens), 1, 1)
+        if patches is not None:
+            tokens = self.backbone.vision_embed.hide(tokens, patches)
+        return self.joint_tokens(tokens, ids)
+
+    def masked_sums(self, x: Tensor, images: Tensor, ids: Tensor, masked: MaskedInputs) -> MaskedSums:
+        """From the joint sequences' last states [J, P + 1 + L, D], pictures [b, 3, S, S] and true ids [n, L]."""
+        split, text, image, told, rebuilt = x.shape[1] - ids.shape[1], None, None, None, None
+        if masked.words is not None:
+            text, told = text_sums(self.masked_text_head, x[: len(ids), split:], ids, masked)
+        if masked.patch_count:
+            states = x[-len(ids) :, 1:split]
+            image, rebuilt = image_sums(self.masked_image_head, states, images, masked, self.config.patch_size)
+        return MaskedSums(text, image, told, rebuilt)
 
     def logit_parameters(self) -> LogitParameters:
         scale = (self.logit_scale * 1.0, self.logit_vl_scale * 1.0)

@@ -6,6 +6,7 @@ How a model is sharded is decided by which of the two it is given.
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from m2_ds.model.kernels import TORCH, Kernels, queries_apart
 
@@ -21,6 +22,7 @@ class Layers(Protocol):
     def norm(self, width: int, eps: float) -> nn.Module: ...
     def split_norm(self, width: int, eps: float) -> nn.Module: ...
     def token_table(self, rows: int, width: int) -> nn.Module: ...
+    def vocabulary(self, width: int, rows: int) -> nn.Module: ...
 
     def scatter(self, x: Tensor) -> Tensor:
         """Before the first layer: all tokens [1, N, D] to a rank's own."""
@@ -38,6 +40,16 @@ class QueryKeyValue(nn.Linear):
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Any:
         """With ``queries`` [..., D]: their q [..., D], and k and v of x [..., 2 D]."""
         return super().forward(x) if queries is None else queries_apart(self, x, queries)
+
+
+class Vocabulary(nn.Linear):
+    """Scores of every token: [R, D] -> [R, V]."""
+
+    @staticmethod
+    def told(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy [R] in fp32 with ids [R], and whether the likeliest token is the right one, bool [R]."""
+        scores = scores.float()
+        return F.cross_entropy(scores, targets, reduction="none"), scores.argmax(1) == targets
 
 
 class WholeLayers:
@@ -63,6 +75,9 @@ class WholeLayers:
 
     def token_table(self, rows: int, width: int) -> nn.Module:
         return nn.Embedding(rows, width)
+
+    def vocabulary(self, width: int, rows: int) -> nn.Module:
+        return Vocabulary(width, rows)
 
     def scatter(self, x: Tensor) -> Tensor:
         return x

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.encoder import canonical_shapes
-from m2_ds.model.weights import VISION_POSITIONS, fill
+from m2_ds.model.weights import MASKED_HEADS, VISION_POSITIONS, fill, initial
 
 _ROWS_BEFORE_PATCHES = 3  # two unused rows and the class token's
 
@@ -65,9 +65,12 @@ def fitted(
 ) -> dict[str, Tensor]:
     """A canonical state dict with the names and shapes of ``config``: vision positions resized where the grid differs.
 
+    Heads of masked objectives are drawn where ``state`` has none, and left out where the model has none.
+
     Raises ValueError with every missing and unexpected name, or every wrong shape.
     """
     expected = canonical_shapes(config)
+    state = _with_heads(config, state, expected, where, tell)
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
@@ -90,6 +93,22 @@ def fitted(
             "Check hidden_size, embed_dim, vocab_size and num_heads of the configuration."
         )
     return found
+
+
+def _with_heads(
+    config: M2EncoderConfig,
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    where: str,
+    tell: Callable[[str], object],
+) -> dict[str, Tensor]:
+    found = {name: x for name, x in state.items() if name in expected or not name.startswith(MASKED_HEADS)}
+    fresh = [name for name in expected if name.startswith(MASKED_HEADS) and name not in state]
+    if left := len(state) - len(found):
+        tell(f"{where}: {left} tensors of masked objectives' heads are left out, which this model does not have")
+    if fresh:
+        tell(f"{where}: {len(fresh)} tensors of masked objectives' heads are not there; they start from random values")
+    return {**found, **{name: initial(name, expected[name], config, seed=0) for name in fresh}}
 
 
 def _some(names: Iterable[str], limit: int = 40) -> str:

@@ -2,9 +2,11 @@
 
 A stage has both towers' layers i to j; the vision-language stack ends the pipe. What goes from one to the next is one
 tensor of tokens (one message, one backward) and what the captions' masks and the random decisions need.
-Legend: b pairs, C captions a picture, n = C b captions, P patches that run, L text tokens, D width, R rows.
+Legend: b pairs, C captions a picture, n = C b captions, J joint sequences, P patches that run, L text tokens, D width,
+R rows.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,33 +14,49 @@ import torch
 from torch import Tensor, nn
 
 from m2_ds.model.config import M2EncoderConfig
-from m2_ds.model.encoder import Features, LogitParameters, M2Encoder, drop_patches, kept_patches
+from m2_ds.model.encoder import Features, LogitParameters, M2Encoder, Outputs, drop_patches, kept_patches
 from m2_ds.model.layers import WHOLE, Layers
+from m2_ds.model.masked import MaskedInputs, MaskedSums, joint_noise, joint_valid
 from m2_ds.model.multiway import ALL_A, ALL_B
 from m2_ds.model.random import Noise
 from m2_ds.model.stack import Part
 
 
 class Pictures(NamedTuple):
-    """What the first stage takes: ``images`` [b, 3, S, S], ``ids`` and ``mask`` [n, L], random keys [b] and [n]."""
+    """What the first stage takes: ``images`` [b, 3, S, S], ``ids`` and ``mask`` [n, L], random keys [b] and [n].
+
+    And, where masked objectives ask for joint sequences, their captions ``joint_ids`` [J, L] and hidden patches uint8
+    [J, P].
+    """
 
     images: Tensor
     ids: Tensor
     mask: Tensor
     image_keys: Tensor
     text_keys: Tensor
+    joint_ids: Tensor | None = None
+    joint_patches: Tensor | None = None
 
 
 class Tokens(NamedTuple):
     """What goes on: ``rows`` [R, D], and of the captions the ``mask`` [n, L]; keys as in `Pictures`.
 
-    Rows are the pictures' tokens, the captions' tokens, and, behind the backbone's end, its class tokens of both.
+    Rows are the pictures' tokens, the captions' tokens, behind the backbone's end its class tokens of both, and the
+    tokens of joint sequences.
     """
 
     rows: Tensor
     mask: Tensor
     image_keys: Tensor
     text_keys: Tensor
+
+
+class Asked(NamedTuple):
+    """Of a micro-batch: what masked sums are made from, beside states (`M2Encoder.masked_sums`)."""
+
+    images: Tensor
+    ids: Tensor
+    masked: MaskedInputs
 
 
 def parts(config: M2EncoderConfig, layers_of_stages: list[int]) -> list[Part]:
@@ -67,28 +85,45 @@ class Stage(nn.Module):
         self.model = M2Encoder(config, layers, part)
         self.config, self.part, self.unimodal = config, part, unimodal
         self.ends_backbone = part.has_backbone_end(config)
+        self.objectives = config.masked_text_head + (config.masked_image_head > 0)
+        # On the last stage, what the next micro-batches' masked sums are made from: it never passes through the others.
+        self.asked: deque[Asked] = deque()
+        self.sums: list[MaskedSums] = []
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Any:
         """`Pictures` or `Tokens` -> `Tokens`, or on the last stage features and logit parameters, one after another:
 
-        unimodal pictures [b, E] and captions [n, E] (not without ``unimodal``), vl ones, the two scales [1], biases.
+        unimodal pictures [b, E] and captions [n, E] (not without ``unimodal``), vl ones, the two scales [1], biases,
+        and the sums [1] of masked objectives, which are put to ``sums``, too.
         """
-        image, text, class_tokens, mask, keys = self._enter(inputs)
+        image, text, class_tokens, joint, mask, keys = self._enter(inputs)
+        valid = mask.bool()
         image, image_class = self.image_layers(image, Noise(keys[0]))
-        text, text_class = self.text_layers(text, mask.bool(), Noise(keys[1]))
+        text, text_class = self.text_layers(text, valid, Noise(keys[1]))
+        if joint is not None:
+            joint = self._joint_layers(joint, valid, Noise(keys[1]))
         if image_class is not None and text_class is not None:
             class_tokens = torch.cat([image_class, text_class])
         if not self.part.is_last:
-            rows = [image.flatten(0, 1), text.flatten(0, 1), *([] if class_tokens is None else [class_tokens])]
+            rows = [image.flatten(0, 1), text.flatten(0, 1)]
+            rows += [] if class_tokens is None else [class_tokens]
+            rows += [] if joint is None else [joint.flatten(0, 1)]
             return tuple(Tokens(torch.cat(rows), mask, *keys))
-        return self._features(image, text, class_tokens)
+        features = self._features(image, text, class_tokens)
+        if joint is None:
+            return features
+        sums = self.model.masked_sums(joint, *self.asked.popleft())
+        self.sums.append(sums.detach())
+        return (*features, *sums.tensors())
 
     # -- one modality ------------------------------------------------------------------------------------------------
 
     def image_tokens(self, images: Tensor, noise: Noise | None = None) -> Tensor:
         """[b, 3, S, S] -> [b, P + 1, D]; on the first stage."""
-        model = self.model
-        x = model.backbone.encoder.add_positions(model.backbone.vision_embed(images), "A")
+        return self._with_positions(self.model.backbone.vision_embed(images), noise)
+
+    def _with_positions(self, tokens: Tensor, noise: Noise | None) -> Tensor:
+        x = self.model.backbone.encoder.add_positions(tokens, "A")
         return x if noise is None or self.config.patch_drop == 0 else drop_patches(x, self.config.patch_drop, noise)
 
     def text_tokens(self, ids: Tensor) -> Tensor:
@@ -112,24 +147,43 @@ class Stage(nn.Module):
             x = vl(x, ALL_A, valid, noise, first_only=self.part.is_last)
         return x, class_tokens
 
+    def _joint_layers(self, x: Tensor, valid: Tensor, noise: Noise) -> Tensor:
+        backbone, vl, split = self.model.backbone.encoder, self.model.backbone_vl, self.config.num_patches + 1
+        valid, own_noise = joint_valid(valid, split, self.objectives), joint_noise(noise, self.objectives)
+        if len(backbone.layers) or self.ends_backbone:
+            x = backbone(x, split, valid, own_noise)
+        if len(vl.layers) or self.part.is_last:
+            x = vl(x, split, valid, own_noise)
+        return x
+
     # -- what comes in and goes out ----------------------------------------------------------------------------------
 
-    def _enter(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[Tensor]]:
-        """Tokens of pictures [b, P + 1, D] and captions [n, L, D], class tokens [b + n, D], mask and keys."""
+    def _enter(
+        self, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, list[Tensor]]:
+        """Tokens of pictures [b, P + 1, D], captions [n, L, D], class tokens [b + n, D], joint ones; mask and keys."""
+        model = self.model
         if self.part.is_first:
             given = Pictures(*inputs)
             keys = [given.image_keys, given.text_keys]
-            image = self.image_tokens(given.images, Noise(given.image_keys))
-            return image, self.text_tokens(given.ids), None, given.mask, keys
+            tokens, noise = model.backbone.vision_embed(given.images), Noise(given.image_keys)
+            joint = None
+            if given.joint_ids is not None:
+                assert given.joint_patches is not None
+                hidden = given.joint_patches.bool() if self.config.masked_image_head else None
+                joint = model.enter_jointly(tokens, given.joint_ids, hidden)
+            return self._with_positions(tokens, noise), self.text_tokens(given.ids), None, joint, given.mask, keys
         came = Tokens(*inputs)
         (n, length), b = came.mask.shape, len(came.image_keys)
         picture = 1 + kept_patches(self.config.num_patches, self.config.patch_drop)
         carried = b + n if self.unimodal and self.part.start >= self.config.num_layers else 0
-        image, text, class_tokens = came.rows.split([b * picture, n * length, carried])
+        sizes = [b * picture, n * length, carried]
+        image, text, class_tokens, rest = came.rows.split([*sizes, len(came.rows) - sum(sizes)])
         return (
             image.unflatten(0, (b, picture)),
             text.unflatten(0, (n, length)),
             class_tokens if carried else None,
+            rest.unflatten(0, (self.objectives * n, -1)) if len(rest) else None,
             came.mask,
             [came.image_keys, came.text_keys],
         )
@@ -144,9 +198,9 @@ class Stage(nn.Module):
         return (*features, *logits.scale, *(logits.bias or ()))
 
 
-def features_of(outputs: Sequence[Tensor], unimodal: bool) -> tuple[Features, Features, LogitParameters]:
-    """The last stage's outputs as `M2Encoder.forward` gives them; a level that is not computed is empty."""
+def features_of(outputs: Sequence[Tensor], unimodal: bool) -> Outputs:
+    """The last stage's outputs without masked sums as `M2Encoder.forward` gives them; a level not computed is empty."""
     outputs = list(outputs) if unimodal else [*(x[:0] for x in outputs[:2]), *outputs]
     image, text, vl_image, vl_text, scale, vl_scale, *bias = outputs
     logits = LogitParameters((scale, vl_scale), (bias[0], bias[1]) if bias else None)
-    return Features(image, vl_image), Features(text, vl_text), logits
+    return Outputs(Features(image, vl_image), Features(text, vl_text), logits, None)

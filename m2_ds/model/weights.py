@@ -25,6 +25,7 @@ _PARTS = (".q_proj.", ".k_proj.", ".v_proj.")
 LOGIT_SCALES = ("logit_scale", "logit_vl_scale")
 LOGIT_BIASES = ("logit_bias", "logit_vl_bias")
 _SCALARS = LOGIT_SCALES + LOGIT_BIASES
+MASKED_HEADS = ("masked_text_head.", "masked_image_head.")  # of no released network
 VISION_POSITIONS = "backbone.encoder.embed_positions.A.weight"
 ADAPTER_NAME = "default"  # peft's for the only adapter of a model
 _BASE = ".base_layer.weight"
@@ -174,12 +175,18 @@ def init_weights(
     fan_ins = _fan_ins(model)
 
     def draw(piece: Piece) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{piece.name}".encode()))
-        value = torch.empty(piece.whole_shape, dtype=torch.float32)
-        _initialiser(piece.name, config, fan_ins.get(piece.name, 0))(value, generator)
+        value = initial(piece.name, piece.whole_shape, config, seed, fan_ins.get(piece.name, 0))
         return value if piece.split is None else piece.split.of(value)
 
     fill(model, draw, opened)
+
+
+def initial(name: str, shape: tuple[int, ...], config: M2EncoderConfig, seed: int, fan_in: int = 0) -> Tensor:
+    """The first values, fp32, of a whole canonical tensor. ``fan_in``: inputs of one output unit of a linear map."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    value = torch.empty(shape, dtype=torch.float32)
+    _initialiser(name, config, fan_in)(value, generator)
+    return value
 
 
 def _fan_ins(model: nn.Module) -> dict[str, int]:
@@ -204,7 +211,7 @@ def _initialiser(name: str, config: M2EncoderConfig, fan_in: int) -> Callable[[T
         return lambda x, _: x.fill_(math.log(1 / 0.07))
     if name in LOGIT_BIASES:
         return lambda x, _: x.fill_(-10.0)  # as in SigLIP: nearly all places of the first batches are wrong answers
-    if name.startswith(("itc_", "pooler.")):
+    if name.startswith(("itc_", "pooler.")) or (name.startswith(MASKED_HEADS) and ".norm." not in name):
         return lambda x, g: x.zero_() if name.endswith("bias") else x.normal_(0, 0.02, generator=g)
     if name.endswith("text_embed.weight"):
         return lambda x, g: x.normal_(0, config.hidden_size**-0.5, generator=g)
@@ -220,16 +227,18 @@ def _initialiser(name: str, config: M2EncoderConfig, fan_in: int) -> Callable[[T
     return lambda x, _: x.zero_() if name.endswith("bias") else x.fill_(1)  # LayerNorms
 
 
-def freeze_unused(model: nn.Module) -> list[str]:
-    """Exclude from training what contrastive learning never reaches; returns the names.
+def freeze_unused(model: nn.Module, joint: bool = False, hidden_patches: bool = False) -> list[str]:
+    """Exclude from training what the losses never reach; returns the names.
 
-    These are the B branch of the vision-language layers (captions take A there), the pooler, the final `norm` and the
-    mask token: without a gradient they would only be decayed, and their optimizer state paid for.
+    These are the pooler, the final `norm`, the B branch of the vision-language layers (captions alone take A there)
+    unless pairs run ``joint``, and the mask token unless there are ``hidden_patches``: without a gradient they would
+    only be decayed, and their optimizer state paid for.
     """
     frozen = []
     for name, parameter in model.named_parameters():
-        in_vl_b = name.startswith("backbone_vl.") and ".B." in name
-        if in_vl_b or name.startswith(("pooler.", "norm.")) or name.endswith("mask_token"):
+        vl_b = not joint and name.startswith("backbone_vl.") and ".B." in name
+        mask_token = not hidden_patches and name.endswith("mask_token")
+        if vl_b or mask_token or name.startswith(("pooler.", "norm.")):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen

@@ -237,6 +237,33 @@ class TokenTable(_megatron.VocabParallelEmbedding):
         return _SumOverRanks.apply(rows.masked_fill(elsewhere[..., None], 0), self.region)
 
 
+class VocabularyColumns(ColumnLinear):
+    """Scores of every token, cut over ranks, rounded up where the vocabulary does not divide: [R, D] -> [R, V / r]."""
+
+    def __init__(self, width: int, rows: int, group: Group) -> None:
+        each = -(-rows // group.size)
+        super().__init__(width, each * group.size, Region(group, sequence=False))
+        self.out_features, self.held = each, Split(0, group.rank, group.size, rows)
+        for parameter in (self.weight, self.bias):
+            mark(parameter, self.held)
+
+    def forward(self, x: Tensor) -> Any:
+        scores = super().forward(x)
+        if self.held.length == self.out_features:
+            return scores
+        rows = torch.arange(self.out_features, device=x.device)
+        return scores.masked_fill(rows >= self.held.length, -torch.inf)  # those that stand for no token
+
+    def told(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy [R] in fp32 with ids [R], and whether the likeliest token is the right one, bool [R]."""
+        scores, own = scores.float(), targets - self.held.start
+        with torch.no_grad():
+            elsewhere = (own < 0) | (own >= self.held.length)
+            wanted = scores.gather(1, own.masked_fill(elsewhere, 0)[:, None])[:, 0].masked_fill(elsewhere, -torch.inf)
+            best = all_gather_rows(torch.stack([scores.amax(1), wanted])[None], self.region.group, LAYERS).amax(0)
+        return token_cross_entropy(scores, targets), best[0] == best[1]
+
+
 class TokenNorm(nn.LayerNorm):
     """LayerNorm of a rank's own tokens, with weights that all ranks share."""
 
@@ -297,6 +324,9 @@ class TensorParallelLayers:
 
     def token_table(self, rows: int, width: int) -> nn.Module:
         return TokenTable(rows, width, self.group)
+
+    def vocabulary(self, width: int, rows: int) -> nn.Module:
+        return VocabularyColumns(width, rows, self.group)
 
     def scatter(self, x: Tensor) -> Any:
         return _Scatter.apply(x, self.group) if self.region.sequence else x

@@ -16,10 +16,13 @@ from torch.nn import functional as F
 
 from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
+from m2_ds.data.text import Words
+from m2_ds.engine.masked import summarise
 from m2_ds.engine.optim import build_optimizer, freeze_unreached, schedule_builder
 from m2_ds.engine.setup import build_engine, build_model, deepspeed_config, opened
 from m2_ds.engine.step import ContrastiveStep, StepResult
 from m2_ds.model.encoder import M2Encoder
+from m2_ds.model.masking import hidden_count, hide_patches, hide_words
 from m2_ds.model.random import Noise
 from m2_ds.model.weights import Piece, init_weights, pieces
 from m2_ds.parallel.collectives import all_gather_objects
@@ -122,6 +125,8 @@ def reference(case: Case, config: RunConfig, ranks: int) -> tuple[dict[str, Tens
         batches = [batch for rank in members for batch in everything[rank] if len(batch.slot)]
         losses.append(group_loss(model, config, batches))
     loss = torch.stack(losses).mean()
+    if config.loss.masked:
+        loss = loss + masked_loss(model, config, [batch for of_rank in everything for batch in of_rank])
     loss.backward()
     gradients = ((n, p, p.grad) for n, p in model.named_parameters() if p.grad is not None)
     return {piece.name: piece.tensor.float() for n, p, g in gradients for piece in pieces(n, p, g)}, loss.item()
@@ -160,6 +165,70 @@ def group_loss(model: M2Encoder, config: RunConfig, batches: list[PairBatch]) ->
                 log_p = side.masked_fill(~counts, -torch.inf).log_softmax(1).masked_fill(~counts, 0)
                 loss = loss - weight * (target * log_p).sum(1).mean() / 2 / 2
     return loss
+
+
+def words_of(vocab_size: int) -> Words:
+    """Made-up words: some pieces go on, some end one, some are special."""
+    ids = torch.arange(vocab_size)
+    return Words(begins=ids % 3 != 0, ends=ids % 7 == 0, special=ids % 11 == 0, mask_id=4)
+
+
+def mean_colour_codes(device: torch.device) -> Any:
+    """A visual tokenizer: 16 grey levels of a patch (of 8 x 8 pixels)."""
+    return lambda images: (images.float().unfold(2, 8, 8).unfold(3, 8, 8).mean((1, 4, 5)).flatten(1) / 16).long()
+
+
+def masked_loss(model: M2Encoder, config: RunConfig, batches: list[PairBatch]) -> Tensor:
+    """Of both objectives over all pairs at once, a caption at a time."""
+    words, seed, loss = words_of(config.model.vocab_size), config.seed, config.loss
+    size, told, rebuilt = config.model.patch_size, [], []
+    split = config.model.num_patches + 1
+    for batch in batches:
+        for c, (ids, mask) in enumerate(zip(batch.ids, batch.mask)):
+            keys = Noise.of(seed, batch.slot, view=1 + c).keys
+            hiding = Noise.of(seed, batch.slot, view=256 + c)
+            for n in range(len(ids)):
+                image, own, length = batch.images[n : n + 1], ids[n : n + 1], int(mask[n].sum())
+                own, here = own[:, :length], Noise(hiding.keys[n : n + 1])
+                valid = torch.ones(1, split + length, dtype=torch.bool)
+                hidden = hide_words(own, torch.ones_like(own), words, loss.cmlm.share, here)
+                if loss.cmlm.weight:
+                    noise = Noise(keys[n : n + 1] ^ (1 << 22))
+                    x = model.joint_tokens(model.backbone.vision_embed(image), own.masked_fill(hidden, 4))
+                    x = model.backbone_vl(model.backbone.encoder(x, split, valid, noise), split, valid, noise)
+                    head: Any = model.masked_text_head
+                    scores = head.vocabulary(head.transform(x[0, split:][hidden[0]]))
+                    told.append(F.cross_entropy(scores, own[0][hidden[0]], reduction="none"))
+                if loss.cmim.weight:
+                    noise = Noise(keys[n : n + 1] ^ (1 << (23 if loss.cmlm.weight else 22)))
+                    patches = chosen_patches(model, config, batch, n, own, keys[n : n + 1], here)
+                    x = model.joint_tokens(model.backbone.vision_embed(image, patches), own)
+                    x = model.backbone_vl(model.backbone.encoder(x, split, valid, noise), split, valid, noise)
+                    found = model.masked_image_head.out(model.masked_image_head.transform(x[0, 1:split][patches[0]]))
+                    if loss.cmim.targets == "codes":
+                        codes = mean_colour_codes(torch.device("cpu"))(image)[patches]
+                        rebuilt.append(F.cross_entropy(found, codes, reduction="none"))
+                        continue
+                    squares = F.unfold(image.double() / 255, size, stride=size)[0].T[patches[0]]
+                    squares = (squares - squares.mean(1, keepdim=True)) / (squares.var(1, False)[:, None] + 1e-6).sqrt()
+                    rebuilt.append((found - squares).square().mean(1))
+    zero = torch.zeros(1, dtype=torch.float64)
+    means = [torch.cat(x).mean() if x else zero[0] for x in (told, rebuilt)]
+    return loss.cmlm.weight * means[0] + loss.cmim.weight * means[1]
+
+
+def chosen_patches(
+    model: M2Encoder, config: RunConfig, batch: PairBatch, n: int, ids: Tensor, keys: Tensor, hiding: Noise
+) -> Tensor:
+    cmim, patches = config.loss.cmim, config.model.num_patches
+    if cmim.choose == "random":
+        return hide_patches(hiding, patches, cmim.share)
+    states = model.image_hidden(batch.images[n : n + 1], noise=Noise.of(config.seed, batch.slot[n : n + 1]))
+    each = F.normalize(model.itc_image_proj.fc(states[0, 1:]), dim=-1)
+    text = model.text_features(ids, torch.ones_like(ids), Noise(keys)).unimodal[0]
+    found = torch.zeros(1, patches, dtype=torch.bool)
+    found[0, (each @ text).topk(hidden_count(patches, cmim.share)).indices] = True
+    return found
 
 
 def reference_curve(case: Case, config: RunConfig, ranks: int, steps: int) -> list[tuple[float, float]]:
@@ -214,7 +283,8 @@ def mean_loss(result: StepResult, config: RunConfig, mesh: Mesh) -> float:
     total = torch.cat([result.loss.sum(1), result.count.sum()[None]])
     total = torch.stack(all_gather_objects(total, mesh.data_parallel)).sum(0)
     weights = torch.tensor([w for w in (config.loss.unimodal_weight, config.loss.vl_weight) if w])
-    return float((weights * total[:-1]).sum() / total[-1])
+    of_masked, _ = summarise([result.masked] if result.masked else [], ["en", "zh"], mesh.data_parallel)
+    return float((weights * total[:-1]).sum() / total[-1]) + of_masked
 
 
 @dataclass
@@ -292,7 +362,8 @@ def one_step(mesh: Mesh, config: RunConfig, batches: list[PairBatch]) -> tuple[S
 
     engine._take_model_step = spied
     engine.train()
-    result = ContrastiveStep(engine, config, mesh, languages=2)(batches)
+    words = words_of(config.model.vocab_size)
+    result = ContrastiveStep(engine, config, mesh, languages=2, words=words)(batches)
     engine.destroy()
     return result, found
 
