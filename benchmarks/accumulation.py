@@ -8,7 +8,6 @@ k = 1 only fits with it, k micro-batches without it cost nothing more.
     python benchmarks/accumulation.py
 """
 
-import json
 import os
 import statistics
 import time
@@ -20,6 +19,7 @@ from typing import Literal
 import random_steps
 import torch
 import tyro
+from tables import publish
 
 from m2_ds.engine.setup import quiet
 from m2_ds.engine.step import ContrastiveStep
@@ -102,12 +102,8 @@ def main(options: Options) -> None:
     for variant, median in zip(variants, medians):
         ratio = median / medians[0]
         lines.append(f"| {variant.name} | {median:.2f} | {options.batch / median:.0f} | {ratio:.2f} x |")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     content = [{**asdict(variant), "seconds": found} for variant, found in zip(variants, seconds)]
-    options.out.write_text(json.dumps({"precision": options.precision, "variants": content}, indent=1) + "\n")
-    text = "\n".join(lines) + "\n"
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    publish(options.out, {"precision": options.precision, "variants": content}, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+from tables import publish
 
 from m2_ds.launch import train_command
 
@@ -111,14 +112,9 @@ def main(options: Options) -> None:
         by_split = [statistics.mean(v for n, v in found.items() if f"/{split}/" in n) for split in options.splits]
         cells = " | ".join(f"{value:.1f}" for value in by_split)
         lines.append(f"| {way.name(options.batch)} | {cells} | {found['loss']:.3f} |")
-    text = "\n".join(lines) + "\n"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     content = [{**asdict(way), **found} for way, found in zip(WAYS, results)]
-    options.out.write_text(
-        json.dumps({"steps": options.steps, "batch": options.batch, "runs": content}, indent=1) + "\n"
-    )
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    about = {"steps": options.steps, "batch": options.batch}
+    publish(options.out, {**about, "runs": content}, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Sizes above --peer-limit are run by m2_ds alone (the peer's matrices would not f
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from tables import cpu, publish
 
 HERE = Path(__file__).resolve().parent
 WIDTH = 512
@@ -139,19 +140,10 @@ def main(options: Options) -> None:
                 last = turns[-1]
                 print(f"B {size} turn {number + 1} {side}: {min(last.seconds):.2f} s, {last.extra_mib:.0f} MiB extra")
     head = (
-        f"{_processor()}, {options.threads} threads; {time.strftime('%Y-%m-%d')}. fp32, width {WIDTH}, one process, "
+        f"{cpu()}, {options.threads} threads; {time.strftime('%Y-%m-%d')}. fp32, width {WIDTH}, one process, "
         f"forward and backward; medians of {options.turns} x {options.passes} passes, the sides in turns."
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"head": head, "turns": [asdict(t) for t in turns]}, indent=1) + "\n")
-    text = table(turns, head)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    publish(options.out, {"head": head, "turns": [asdict(t) for t in turns]}, table(turns, head))
 
 
 if __name__ == "__main__":

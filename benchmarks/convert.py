@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+from tables import machine, publish
 
 HERE = Path(__file__).parent
 
@@ -88,16 +89,12 @@ def measure(
         shutil.rmtree(folder, ignore_errors=True)
     path = out / "convert.json"
     rows = json.loads(path.read_text()) if path.exists() else {}
-    rows[preset] = {
+    rows[preset] = machine() | {
         "bytes": size,
-        "date": time.strftime("%Y-%m-%d"),
-        "cpus": os.cpu_count(),
         "load": os.getloadavg()[2],
         "turns": [asdict(turn) for turn in turns],
     }
-    path.write_text(json.dumps(rows, indent=1) + "\n")
-    (out / "convert.md").write_text(table(rows), encoding="utf-8")
-    print((out / "convert.md").read_text())
+    publish(path, rows, table(rows))
 
 
 def table(rows: dict[str, dict]) -> str:

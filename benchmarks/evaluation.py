@@ -10,15 +10,10 @@ those is measured, too. Legend: E embedding.
 
 import copy
 import io
-import json
-import os
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
+from tables import machine, publish
 from torch import Tensor
 
 from m2_ds.api import Processor
@@ -181,23 +177,8 @@ def measure(
     if pictures is not None:
         chosen = [replace(case, pictures=min(pictures, case.pictures)) for case in chosen]
     rows = [measure_case(case, data, loaded, turns, threads) for case in chosen]
-    cpu = platform.processor()
-    if (path := Path("/proc/cpuinfo")).is_file() and (name := re.search(r"model name\s*: (.*)", path.read_text())):
-        cpu = name[1]
-    about = {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch_threads,
-        "batch_size": default_batch("cpu"),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": version("torch"),
-        "pillow": version("pillow"),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"about": about, "cases": rows}, indent=1) + "\n")
-    text = table(rows, about)
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    about = machine("torch", "pillow") | {"torch_threads": torch_threads, "batch_size": default_batch("cpu")}
+    publish(out, {"about": about, "cases": rows}, table(rows, about))
 
 
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 import network
 import tyro
 from grouped_aggregation_rank import METHODS, NODES, PAIRS, RANKS, RANKS_PER_NODE, Kind, Measured, Method
+from tables import publish
 
 HERE = Path(__file__).resolve().parent
 PORT = "29611"
@@ -245,13 +246,9 @@ def main(options: Options) -> None:
         "global step; gains are over it in samples/s.\n",
     ]
     lines += clusters()
-    text = "\n".join(lines) + "\n"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"work": asdict(work), "rates": [asdict(rate) for rate in rates]}
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(text)
+    publish(options.out, content, "\n".join(lines) + "\n")
     plot(rates, work, options.out.with_suffix(".png"))
-    print(text)
 
 
 if __name__ == "__main__":

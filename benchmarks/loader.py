@@ -16,13 +16,11 @@ The JPEGs are made here: smooth colours with grain, so much of it that they comp
 import io
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +30,7 @@ import torch
 import tyro
 from peer import make_tars
 from PIL import Image
+from tables import machine, publish
 
 from m2_ds.data.config import AugmentConfig, DataConfig, SourceConfig
 from m2_ds.data.decode import decode
@@ -166,6 +165,22 @@ def ours(core: int, arguments: tuple[Any, ...]) -> float:
     return float(on_core(core, [sys.executable, "-c", code + f"print(loader.turn(*{arguments!r}))"]))
 
 
+def make_sets(work: Path, png: Path | None, cases: Sequence[Case]) -> tuple[dict[Case, Path], Path]:
+    """Data sets of the cases and a tokenizer, in ``work``; ``png``: a data set to take instead of scenes."""
+    work.mkdir(parents=True, exist_ok=True)
+    make_jpegs(work / "jpeg")
+    if png is None and "png" in cases:
+        scenes.build(work / "png", train=4096, val=0, test=0)
+    return {"jpeg": work / "jpeg", "png": png or work / "png"}, make_tokenizer(work)
+
+
+def make_tokenizer(work: Path) -> Path:
+    tokenizer = work / "tokenizer"
+    if not tokenizer.exists():
+        train(tokenizer, vocab_size=8192, quick=True)
+    return tokenizer
+
+
 def measure(
     *,
     peer_python: Path | None = None,
@@ -192,14 +207,7 @@ def measure(
         out: results; a table of the same name ending in .md is written beside it.
     """
     core = max(os.sched_getaffinity(0)) if core is None else core
-    work.mkdir(parents=True, exist_ok=True)
-    make_jpegs(work / "jpeg")
-    if png is None and "png" in cases:
-        scenes.build(work / "png", train=4096, val=0, test=0)
-    sets: dict[Case, Path] = {"jpeg": work / "jpeg", "png": png or work / "png"}
-    tokenizer = work / "tokenizer"
-    if not tokenizer.exists():
-        train(tokenizer, vocab_size=8192, quick=True)
+    sets, tokenizer = make_sets(work, png, cases)
     rows = []
     versions: dict[str, str] = {}
     for case in cases:
@@ -231,23 +239,9 @@ def measure(
             code += f"print(json.dumps(loader.stages({folder!r}, {size})))"
             row["stages_us"] = json.loads(on_core(core, [sys.executable, "-c", code]))
         rows.append(row)
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (name := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        model = name[1]
-    about = {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "date": time.strftime("%Y-%m-%d"),
-        "batch": batch,
-        "m2_ds": {"torch": version("torch"), "pillow": version("pillow")},
-        "peer": versions,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"about": about, "cases": rows}, indent=1) + "\n")
-    text = table(rows, about)
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    own = {"torch": version("torch"), "pillow": version("pillow")}
+    about = machine() | {"batch": batch, "m2_ds": own, "peer": versions}
+    publish(out, {"about": about, "cases": rows}, table(rows, about))
 
 
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:

@@ -39,7 +39,6 @@ sequence parallelism N is rounded up to r.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -55,6 +54,7 @@ from typing import Any
 
 import tyro
 from model_parallel_rank import Count, Counted, Layout, Measured, Precision, Steps
+from tables import machine, publish
 
 from m2_ds.model.config import PRESETS, M2EncoderConfig
 
@@ -198,19 +198,14 @@ def measure(job: Steps) -> list[Measured]:
 
 
 def facts() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "unknown CPU")
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "deepspeed"))
-    return f"{time.strftime('%Y-%m-%d')}, {len(os.sched_getaffinity(0))} cores ({name}), gloo, {versions}"
+    about = machine("torch", "deepspeed")
+    versions = f"torch {about['torch']}, deepspeed {about['deepspeed']}"
+    return f"{about['date']}, {about['cores']} cores ({about['cpu']}), gloo, {versions}"
 
 
 def write(out: Path, title: str, content: Any, lines: Iterable[str]) -> None:
     """JSON, and a table of the same name ending in .md."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": facts(), **content}, indent=1) + "\n")
-    text = "\n".join([f"# {title}", "", *lines]) + "\n"
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    publish(out, {"machine": facts(), **content}, "\n".join([f"# {title}", "", *lines]) + "\n")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

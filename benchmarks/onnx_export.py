@@ -6,7 +6,6 @@ A preset has random weights, of which neither time nor size depends.
     python benchmarks/onnx_export.py runs/emoji 0.4b --tokenizer data/tokenizer-emoji
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from tables import publish
 
 import m2_ds
 from m2_ds.convert.onnx.check import CAPTIONS, smooth_pictures
@@ -106,11 +106,7 @@ def main(options: Options) -> None:
             whole, small = (result["sizes"][f"{tower}{end}.onnx"] / 1e6 for end in ("", ".int8"))
             cells = [f"{whole:.1f}", f"{small:.1f}", f"{result['export_s']:.0f}"]
             lines.append(f"| {Path(result['model']).name} | {tower}.onnx | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"threads": options.threads, "runs": results}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    publish(options.out, {"threads": options.threads, "runs": results}, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ times of one and two workers are taken in turns.
 import functools
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ import psutil
 import tyro
 import yaml
 from prepare_noise import REPEATS, Maker, quality, write_evaluation_set, write_tar
+from tables import machine, publish
 
 from m2_ds.data.reader import open_dataset
 from m2_ds.data.sources.spread import spread
@@ -314,8 +313,8 @@ def measure(
     *,
     sets: tuple[Path, ...] = (Path("data/emoji"), Path("data/scenes")),
     pairs: int = 200_000,
-    worker_pairs: int = 20_000,
-    turns: int = 3,
+    worker_pairs: int = 100_000,
+    turns: int = 2,
     parts: tuple[Part, ...] = ("quality", "memory", "workers", "photos", "similarity", "engine"),
     work: Path = Path("build/prepare"),
     out: Path = HERE / "results" / "prepare.json",
@@ -332,13 +331,8 @@ def measure(
         out: results; a table of the same name ending in .md is written beside it.
     """
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "pyarrow", "pillow"))
-    result["about"] = {
-        "cpu": model[1] if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions,
+    result["about"] = machine() | {
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("ray", "pyarrow", "pillow"))
     }
     work = work.resolve()
     if {"quality", "memory", "workers"} & set(parts):
@@ -360,11 +354,7 @@ def measure(
         result["similarity"] = similarity(sets)
     if "engine" in parts:
         result["engine"] = engine()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    text = table(result)
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    publish(out, result, table(result))
 
 
 if __name__ == "__main__":

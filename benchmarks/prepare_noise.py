@@ -254,7 +254,7 @@ def quality(folder: Path, out: Path, tars: Iterable[int]) -> list[dict[str, Any]
             wanted -= 2 * REPEATS
         elif kind.startswith("("):
             texts = [c["text"] for key in keys & kept.keys() for c in kept[key]["captions"]]
-            hits = sum(1 for text in texts if not re.search("[<>&\x00\u200b\u202e\ufeff\ud83d]|  ", text))
+            hits = sum(1 for text in texts if not re.search(r"&\w+;|[<>\x00\u200b\u202e\ufeff\ud83d]|  ", text))
             wanted, taken = len(texts), set(range(hits))
         rows.append(
             {

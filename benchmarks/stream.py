@@ -43,19 +43,18 @@ import numpy as np
 import stream_start
 import torch
 import tyro
-from loader import HERE, SIZES, Case, make_jpegs, on_core
+from loader import HERE, SIZES, Case, make_sets, make_tokenizer, on_core
 from peer import make_tars
 from PIL import Image
+from tables import machine, publish
 
 from m2_ds.data.batch import PairBatch, by_length
 from m2_ds.data.config import AugmentConfig, DataConfig
 from m2_ds.data.image import TrainTransform, decode
 from m2_ds.data.memory import keep_freed_memory
 from m2_ds.data.reader import open_dataset
-from m2_ds.data.sources import scenes
 from m2_ds.data.stream import build_loader
 from m2_ds.data.text import load_tokenizer
-from m2_ds.data.text_train import train
 
 RESULTS = HERE / "results"
 WHOLE = AugmentConfig(crop_scale=(1.0, 1.0))
@@ -161,14 +160,7 @@ def throughput(
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     core = max(os.sched_getaffinity(0)) if core is None else core
-    work.mkdir(parents=True, exist_ok=True)
-    make_jpegs(work / "jpeg")
-    if png is None and "png" in cases:
-        scenes.build(work / "png", train=4096, val=0, test=0)
-    sets: dict[Case, Path] = {"jpeg": work / "jpeg", "png": png or work / "png"}
-    tokenizer = work / "tokenizer"
-    if not tokenizer.exists():
-        train(tokenizer, vocab_size=8192, quick=True)
+    sets, tokenizer = make_sets(work, png, cases)
     rows = []
     for case in cases:
         tars = make_tars.write(sets[case], work / f"{case}-tars", languages=("en",), shards=4)
@@ -207,9 +199,7 @@ def start(
     """
     core = max(os.sched_getaffinity(0)) if core is None else core
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = work / "tokenizer"
-    if not tokenizer.exists():
-        train(tokenizer, vocab_size=8192, quick=True)
+    tokenizer = make_tokenizer(work)
     rows = []
     for count in shards:
         folder = work / f"start-{count}"
@@ -286,11 +276,8 @@ def _computed(step: np.ndarray) -> int:
 def save(out: Path, part: dict[str, Any]) -> None:
     """Join a part with what is there, write it and the table, and print that."""
     content = json.loads(out.read_text()) if out.exists() else {}
-    content |= part | {"cpu": cpu(), "date": time.strftime("%Y-%m-%d")}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table(content))
-    print(table(content))
+    content |= part | machine()
+    publish(out, content, table(content))
 
 
 def table(content: dict[str, Any]) -> str:
@@ -328,12 +315,6 @@ def table(content: dict[str, Any]) -> str:
                 f"{row['sorted']:.2f} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def cpu() -> str:
-    about = Path("/proc/cpuinfo")
-    names = [line.split(": ", 1)[1] for line in about.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else "an unknown processor"
 
 
 if __name__ == "__main__":

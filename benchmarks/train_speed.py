@@ -14,7 +14,6 @@ Nothing else should run meanwhile: how busy the machine was before each turn is 
 
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import tables
 import tyro
 from peer import make_tars, model_folder
 
@@ -292,10 +292,6 @@ def table(rows: Sequence[Mapping[str, object]], about: Mapping[str, object]) -> 
 
 def machine(options: Options) -> dict[str, object]:
     """What the numbers were taken on and with."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        model = found[1]
     asked = (
         "import torch, open_clip; m = open_clip.create_model('local-dir:{}'); "
         "print(torch.__version__, open_clip.__version__, sum(p.numel() for p in m.parameters()))"
@@ -307,10 +303,7 @@ def machine(options: Options) -> dict[str, object]:
             [str(options.peer_python), "-c", asked.format(folder)], check=True, capture_output=True, text=True
         )
         peer = found_by_peer.stdout.split()
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "date": time.strftime("%Y-%m-%d"),
+    return tables.machine() | {
         "batch": options.batch,
         "counted": options.steps - options.warmup,
         "warmup": options.warmup,
@@ -368,15 +361,12 @@ def main(options: Options) -> None:
             flush=True,
         )
     rows = summarise(turns)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"about": about, "summary": rows, "turns": [asdict(turn) for turn in turns]}
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = table(rows, about)
     disturbed = sum(turn.busy_before > QUIET for turn in turns)
     if disturbed:
         text += f"\nOther programs were running before {disturbed} of {len(turns)} turns: do not trust these numbers.\n"
-    options.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    tables.publish(options.out, result, text)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from m2_ds.convert.run_folder import CHECKSUMS
 from m2_ds.convert.source import Source, open_source
 from m2_ds.files import write_json
 from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.weights import MASKED_HEADS
 
 Dtype = Literal["keep", "float32", "float16", "bfloat16"]
 _UNITS = {"": 1}
@@ -96,7 +97,13 @@ def convert(
     try:
         network = changed(found.config, image_size, patch_size)
         cast = None if dtype == "keep" else getattr(torch, dtype)
-        entries = fit(found.named.tensors, network, told, cast, resample=patch_size is not None)
+        tensors = found.named.tensors
+        if to == "release" and network != network.without_masked_heads():
+            network = network.without_masked_heads()
+            tensors = {name: stored for name, stored in tensors.items() if not name.startswith(MASKED_HEADS)}
+            left = len(found.named.tensors) - len(tensors)
+            told.notes.append(f"{left} tensors of masked objectives' heads are left out: the release has none")
+        entries = fit(tensors, network, told, cast, resample=patch_size is not None)
         target = _release(entries, network, out, layout) if to == "release" else _canonical(entries, network, limit)
         target.small.update((path.name, path.read_bytes()) for path in found.tokenizer)
         told.plan(target.words, out, entries)

@@ -13,7 +13,6 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,6 +22,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from m2_ds.data.words import Words
 from m2_ds.files import write_atomically
 from m2_ds.schema import Settings
 
@@ -47,24 +47,6 @@ class TokenizerConfig(Settings):
     truncation: Truncation
     vocab_size: int
     model_sha256: str
-
-
-@dataclass(frozen=True)
-class Words:
-    """What of a vocabulary makes words, by id: whether a piece ``begins`` one, whether the next piece begins another
-    (``ends``), whether it is ``special`` and part of no word: bool [V]. ``mask_id`` stands for a hidden piece.
-
-    A word of a spaced script is all of its pieces; Chinese, which has no spaces, is hidden piece by piece (a character
-    or a word, as the vocabulary has it), and the bytes of a character that it lacks go together.
-    """
-
-    begins: Tensor
-    ends: Tensor
-    special: Tensor
-    mask_id: int
-
-    def to(self, device: torch.device | str) -> "Words":
-        return Words(self.begins.to(device), self.ends.to(device), self.special.to(device), self.mask_id)
 
 
 class Tokenizer(ABC):
@@ -146,7 +128,7 @@ class Tokenizer(ABC):
         pieces = [self._sp.id_to_piece(i) for i in range(self.vocab_size)]
         special = [i in self.special_ids or self._sp.is_control(i) for i in range(self.vocab_size)]
         ends = [bool(_ends_unspaced.search(piece)) for piece in pieces]
-        begins = [piece.startswith(_SPACE) or bool(_starts_unspaced.match(piece)) for piece in pieces]
+        begins = [piece.startswith(_SPACE) or bool(_begins_unspaced.match(piece)) for piece in pieces]
         return Words(torch.tensor(begins), torch.tensor(ends), torch.tensor(special), self.mask_id)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -271,6 +253,8 @@ _UNSPACED = (
 _space_before = re.compile(rf" (?=[{_UNSPACED}])")
 _word_after = re.compile(rf"(?<=[{_UNSPACED}]) ?(?=[^\W{_UNSPACED}])")
 _starts_unspaced = re.compile(f"[{_UNSPACED}]")
+# Of characters that have no piece, the first byte of three or four: nearly all are written without spaces.
+_begins_unspaced = re.compile(f"[{_UNSPACED}]|<0x[EF].>")
 _ends_unspaced = re.compile(f"[{_UNSPACED}]$")
 _SPACE = "\u2581"  # sentencepiece's mark of a space
 

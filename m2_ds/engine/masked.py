@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m2_ds.config import RunConfig
 from m2_ds.data.batch import PairBatch
-from m2_ds.data.text import Words
+from m2_ds.data.words import Words
 from m2_ds.engine.passes import Inputs
 from m2_ds.loss.answers import PADDING
 from m2_ds.model.masked import MaskedInputs, MaskedSums, VisualTokenizer

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
-from m2_ds.data.text import Words
+from m2_ds.data.words import Words
 from m2_ds.engine.clock import Clock
 from m2_ds.engine.masked import MaskedResult, Masking
 from m2_ds.engine.passes import EnginePasses, Forward, Inputs, Passes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2_ds.data.text import Words
+from m2_ds.data.words import Words
 from m2_ds.model.layers import Layers
 from m2_ds.model.masking import hide_attended, word_numbers
 from m2_ds.model.random import Noise

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
-from m2_ds.data.text import Words
+from m2_ds.data.words import Words
 from m2_ds.engine.masked import summarise
 from m2_ds.engine.optim import build_optimizer, freeze_unreached, schedule_builder
 from m2_ds.engine.setup import build_engine, build_model, deepspeed_config, opened

@@ -34,7 +34,7 @@ def noise(pairs: int, first: int = 0) -> tuple[Noise, Noise]:
 
 def gradients(model: M2Encoder, *inputs: object) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    image, text, ((scale, vl_scale), _) = model(*inputs)
+    image, text, ((scale, vl_scale), _), _ = model(*inputs)
     weights = torch.linspace(-1, 1, image.vl.shape[1], dtype=torch.float64)
     total = sum((f * weights).sum() * (i + 1) for i, f in enumerate((*image, *text))) + scale.sum() * vl_scale.sum()
     total.backward()

@@ -32,6 +32,7 @@ from m2_ds.data.text import MODEL_FILE, Tokenizer
 from m2_ds.files import publish, sync, write_json
 from m2_ds.model.config import M2EncoderConfig as NetworkConfig
 from m2_ds.model.encoder import M2Encoder
+from m2_ds.model.weights import MASKED_HEADS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _CONFIGURATION, _MODELING, _PROCESSING = (f"{name}_m2_encoder" for name in ("configuration", "modeling", "processing"))
@@ -51,14 +52,16 @@ def export(
 ) -> None:
     """Write a whole model to a folder that does not exist yet; it is there as a whole or not at all.
 
-    ``run``, ``license``: for the model card. Raises ValueError for what could not be loaded or used.
+    Heads of masked objectives are left out. ``run``, ``license``: for the model card. Raises ValueError for what could
+    not be loaded or used.
     """
     if tokenizer is None:
         raise ValueError(
             "the model came without a tokenizer, and without one captions have no ids: put tokenizer.model beside its "
             "weights, or name one"
         )
-    config = model.config
+    config = model.config.without_masked_heads()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(MASKED_HEADS)}
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model's table {config.vocab_size} rows: this is "
@@ -71,12 +74,12 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        _write_weights(aside, model.state_dict(), getattr(torch, dtype), max_file_bytes)
+        _write_weights(aside, state, getattr(torch, dtype), max_file_bytes)
         _write_config(aside, config, dtype)
         _write_processor(aside, config, tokenizer)
         for name, text in published_code().items():
             (aside / name).write_text(text, encoding="utf-8")
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = sum(tensor.numel() for tensor in state.values())
         card = model_card(out.resolve().name, config, parameters, dtype, tokenizer.kind, run, license)
         (aside / "README.md").write_text(card, encoding="utf-8")
         for path in aside.iterdir():

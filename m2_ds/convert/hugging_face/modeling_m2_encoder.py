@@ -70,7 +70,10 @@ class M2EncoderModel(PreTrainedModel):
     # The network's own paths over the same parts; docstrings in m2_ds.model.encoder.
     image_hidden: Any = M2Encoder.image_hidden
     text_hidden: Any = M2Encoder.text_hidden
+    patches_hidden: Any = M2Encoder.patches_hidden
     joint_hidden: Any = M2Encoder.joint_hidden
+    joint_tokens: Any = M2Encoder.joint_tokens
+    _image_features: Any = M2Encoder._image_features
     image_features: Any = M2Encoder.image_features
     text_features: Any = M2Encoder.text_features
     encode_image: Any = M2Encoder.encode_image
