@@ -65,6 +65,8 @@ def write_report(run_dir: Path | str, out: Path | None = None) -> Path:
             retrieval=[entry for entry in details.get("entries", []) if entry["kind"] == "retrieval"],
             zeroshot=_pair_languages(details, "zeroshot"),
             probes=_pair_languages(details, "hard_negatives"),
+            told=_pair_languages(details, "hidden_words"),
+            rebuilt=details.get("rebuilt", []),
             galleries=galleries,
             dropped=dropped,
             facts=_facts(config, environment, details),
@@ -229,11 +231,13 @@ def _about(facts: dict[str, Any]) -> str:
 
 def _pair_languages(details: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """Entries of a kind by split, their languages side by side."""
-    splits: dict[tuple[str, str], dict[str, Any]] = {}
+    splits: dict[tuple[str, str, str], dict[str, Any]] = {}
     for entry in details.get("entries", []):
         if entry["kind"] == kind:
+            score = entry["facts"].get("score", "cosine")
             place = splits.setdefault(
-                (entry["task"], entry["split"]), {"task": entry["task"], "split": entry["split"], "by_language": {}}
+                (entry["task"], entry["split"], score),
+                {"task": entry["task"], "split": entry["split"], "score": score, "by_language": {}},
             )
             place["by_language"][entry["language"]] = entry
     return list(splits.values())
@@ -264,6 +268,18 @@ def _charts(
     loss = [column(f"loss/{lang}", LANGUAGES.get(lang, lang), colour) for lang, colour in colours.items()]
     loss = [line for line in loss if line.x] or [column("loss", "loss")]
     add("Contrastive loss", "loss", loss)
+    accuracy = [
+        column(f"cmlm_accuracy/{lang}", LANGUAGES.get(lang, lang), colour, factor=100.0)
+        for lang, colour in colours.items()
+    ]
+    add(
+        "Hidden words told",
+        "words",
+        [line for line in accuracy if line.x],
+        "% of tokens, while training",
+        from_zero=True,
+    )
+    add("Error of rebuilt patches", "patches", [column("cmim_error")], "while training")
     recalls = []
     splits = dict.fromkeys(
         tuple(name.split("/")[:2])

@@ -19,6 +19,7 @@ from m2_ds.evaluation.config import EvaluationConfig, HardNegativesTask, HiddenW
 from m2_ds.evaluation.embed import Model, Processor
 from m2_ds.evaluation.gallery import gallery
 from m2_ds.evaluation.probes import ProbePairs, ProbeResult, judge, probe, probe_pairs
+from m2_ds.evaluation.rebuilding import rebuilding
 from m2_ds.evaluation.release import Listed, release_recall
 from m2_ds.evaluation.sources import FolderSource, ListSource
 from m2_ds.evaluation.zeroshot import classify, labels_of, mean_of_prompts, prompts, write_predictions
@@ -200,7 +201,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every task, with details and galleries for the report.
 
-    Returns facts (those given, and the number of parameters), seconds, metrics (flat), entries and galleries. With
+    Returns facts (those given, and the number of parameters), seconds, metrics (flat), entries, galleries and what was
+    rebuilt of hidden words and patches. With
     `out`, all of it goes to `out`/details.json, and facts and metrics alone to `out`/metrics.json. Every rank of
     `group` calls it; the first one makes galleries and writes. What is in `cache` is not embedded again.
     """
@@ -211,6 +213,7 @@ def evaluate(
     bench = Bench(model, processor, config, _device(model, device), group, cache, folder)
     entries = _run(bench)
     shown: list[dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
     for task in config.tasks if galleries and group.is_first else ():
         if isinstance(task, RetrievalTask):
             for part in task.parts[: GALLERY_SPLITS - len(shown)]:
@@ -218,12 +221,18 @@ def evaluate(
                 embeddings = bench.embeddings(task, part)
                 made = gallery(view.source, view.rows, embeddings, results, task.title, task.match_groups, reader(task))
                 shown.append(made)
+                if not told:
+                    told = rebuilding(
+                        model, processor, view.source, view.rows, view.listing, task.languages, reader(task),
+                        bench.device,
+                    )  # fmt: skip
     content = {
         "facts": {**_size(model), **(facts or {})},
         "seconds": round(time.perf_counter() - start, 1),
         "metrics": {name: value for entry in entries for name, value in entry.flat().items()},
         "entries": [asdict(entry) for entry in entries],
         "galleries": shown,
+        "rebuilt": told,
     }
     if folder is not None and group.is_first:
         write_json(folder / DETAILS_FILE, content)

@@ -232,3 +232,36 @@ def _tell(
         told = text_sums(model.masked_text_head, x[:, split:], ids, hidden)[1].float()
         sums, wrong = sums + told, wrong + (told[1] < told[2])
     return sums, wrong
+
+
+def guess_words(model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor, mask_id: int) -> Tensor:
+    """Captions [n, L] with the likeliest tokens in place of those ``hidden`` (bool [n, L]), all told at once."""
+    inputs = MaskedInputs(hidden, mask_id, None, 0, None, hidden.any(1))
+    states = _joint_states(model, images, inputs.ids(ids), mask, None)[:, -ids.shape[1] :][hidden]
+    head = model.masked_text_head
+    return ids.masked_scatter(hidden, head.vocabulary(head.transform(states)).argmax(1))
+
+
+def rebuild_patches(model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
+    """Pictures fp32 [n, 3, S, S] in [0, 1], hidden patches (bool [n, P]) rebuilt from the rest and the caption.
+
+    Targets are normalised by patch, so brightness and contrast of a rebuilt one are the true ones (as MAE shows them).
+    Raises ValueError for a model whose head does not tell pixels.
+    """
+    config = model.config
+    if config.masked_image_head != config.patch_values:
+        raise ValueError("this model has no head that tells pixels; train one with loss.cmim (targets: pixels)")
+    states = _joint_states(model, images, ids, mask, hidden)[:, 1 : 1 + config.num_patches]
+    pixels = pixels_of(images, config.patch_size)
+    _, mean, deviation = pixel_targets(pixels)
+    told = model.masked_image_head(states) * deviation + mean
+    squares = torch.where(hidden[..., None], told, pixels).clamp(0, 1)
+    return F.fold(squares.transpose(1, 2), config.image_size, config.patch_size, stride=config.patch_size)
+
+
+def _joint_states(model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tensor, patches: Tensor | None) -> Tensor:
+    """[n, P + 1 + L, D]"""
+    x = model.enter_jointly(model.backbone.vision_embed(images), ids, patches)
+    split = x.shape[1] - ids.shape[1]
+    valid = joint_valid(mask.bool(), split, 1)
+    return model.backbone_vl(model.backbone.encoder(x, split, valid), split, valid)
