@@ -17,8 +17,10 @@ from m2_ds.parallel.mesh import Mesh
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
-def run_config(model: dict[str, Any], zero: int, *, batch: int, micro_batch: int, **engine: Any) -> RunConfig:
-    """Of a run that reads nothing from disk; ``engine``: fields of that block."""
+def run_config(
+    model: dict[str, Any], zero: int, *, batch: int, micro_batch: int, loss: dict[str, Any] | None = None, **engine: Any
+) -> RunConfig:
+    """Of a run that reads nothing from disk; ``loss``, ``engine``: fields of these blocks."""
     return RunConfig.model_validate(
         {
             "folder": "unused",
@@ -28,6 +30,7 @@ def run_config(model: dict[str, Any], zero: int, *, batch: int, micro_batch: int
             "global_batch": batch,
             "micro_batch": micro_batch,
             "data": {"sources": [{"path": "unused", "split": "train"}]},
+            "loss": loss or {},
             "engine": {"deepspeed": str(DS_CONFIGS / f"zero{zero}.json"), **engine},
         }
     )
