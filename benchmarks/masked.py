@@ -58,10 +58,10 @@ def work(options: Options, term: str) -> None:
     """One turn: seconds of each step and MB at the peak, as JSON on the last line."""
     import random_steps
 
-    from m2_ds.data.words import Words
     from m2_ds.engine.setup import quiet
     from m2_ds.engine.step import ContrastiveStep
     from m2_ds.parallel.mesh import Mesh
+    from m2_ds.words import Words
 
     quiet()
     torch.set_num_threads(options.threads)

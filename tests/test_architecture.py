@@ -22,7 +22,7 @@ FLOORS: dict[str, int] = {
     room: floor
     for floor, rooms in enumerate(
         [
-            ("schema", "files"),
+            ("schema", "files", "words"),
             ("parallel", "data"),
             ("model", "loss"),
             ("evaluation", "convert", "prepare", "config", "api"),

@@ -22,9 +22,9 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from m2_ds.data.words import Words
 from m2_ds.files import write_atomically
 from m2_ds.schema import Settings
+from m2_ds.words import Words
 
 MODEL_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"

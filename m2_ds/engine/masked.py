@@ -15,7 +15,6 @@ from torch import Tensor
 
 from m2_ds.config import RunConfig
 from m2_ds.data.batch import PairBatch
-from m2_ds.data.words import Words
 from m2_ds.engine.passes import Inputs
 from m2_ds.loss.answers import PADDING
 from m2_ds.model.masked import MaskedInputs, MaskedSums, VisualTokenizer
@@ -23,6 +22,7 @@ from m2_ds.model.masking import hidden_count, hide_patches, hide_words
 from m2_ds.model.random import Noise
 from m2_ds.parallel.collectives import Reducing, all_reduce_sum, start_all_reduce
 from m2_ds.parallel.mesh import Group, Mesh
+from m2_ds.words import Words
 
 OBJECTIVES = ("cmlm", "cmim")
 _VIEW = 1 << 8  # of a sample's randomness: what is hidden, apart from what layers drop

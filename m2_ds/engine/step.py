@@ -18,7 +18,6 @@ from torch import Tensor
 
 from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
-from m2_ds.data.words import Words
 from m2_ds.engine.clock import Clock
 from m2_ds.engine.masked import MaskedResult, Masking
 from m2_ds.engine.passes import EnginePasses, Forward, Inputs, Passes
@@ -29,6 +28,7 @@ from m2_ds.loss.shares import Shares
 from m2_ds.model.random import Noise
 from m2_ds.parallel.collectives import broadcast
 from m2_ds.parallel.mesh import Mesh
+from m2_ds.words import Words
 
 LEVELS = ("unimodal", "vl")
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2_ds.data.words import Words
 from m2_ds.model.layers import Layers
 from m2_ds.model.masking import hide_attended, word_numbers
 from m2_ds.model.random import Noise
 from m2_ds.parallel.rows import in_parts
+from m2_ds.words import Words
 
 if TYPE_CHECKING:
     from m2_ds.model.encoder import M2Encoder

@@ -6,8 +6,8 @@ Legend: n captions, L tokens, P patches.
 import torch
 from torch import Tensor
 
-from m2_ds.data.words import Words
 from m2_ds.model.random import Noise
+from m2_ds.words import Words
 
 _WORDS, _WORD_COUNT, _PATCHES = ((1 << 21) + i for i in range(3))  # decisions, outside the range of layers
 

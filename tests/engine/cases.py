@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
-from m2_ds.data.words import Words
 from m2_ds.engine.masked import summarise
 from m2_ds.engine.optim import build_optimizer, freeze_unreached, schedule_builder
 from m2_ds.engine.setup import build_engine, build_model, deepspeed_config, opened
@@ -27,6 +26,7 @@ from m2_ds.model.random import Noise
 from m2_ds.model.weights import Piece, init_weights, pieces
 from m2_ds.parallel.collectives import all_gather_objects
 from m2_ds.parallel.mesh import Mesh
+from m2_ds.words import Words
 from tests.engine.jobs import changed, config_of
 
 PAIRS = 3  # of a micro-batch
