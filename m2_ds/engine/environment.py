@@ -26,13 +26,14 @@ _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "pyarrow", "
 
 def describe(mesh: Mesh) -> dict[str, Any]:
     """JSON-able facts; what cannot be found is None."""
+    found = software()
     return {
-        "m2_ds": m2_ds.__version__,
-        "commit": _git("rev-parse", "HEAD"),
+        "m2_ds": found["m2_ds"],
+        "commit": found["commit"],
         "modified_files": (_git("status", "--porcelain") or "").splitlines(),
         "command": sys.argv,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": found["python"],
+        "packages": found["packages"],
         "host": platform.node(),
         "platform": platform.platform(),
         "cpus": psutil.cpu_count(),
@@ -40,6 +41,16 @@ def describe(mesh: Mesh) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
         "world_size": mesh.world_size,
         "backend": mesh.backend,
+    }
+
+
+def software() -> dict[str, Any]:
+    """Versions of this package, its checkout, Python, and the packages that numbers depend on."""
+    return {
+        "m2_ds": m2_ds.__version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
 
 

@@ -1,0 +1,53 @@
+"""Notes that ranks leave for each other on the launcher's store: plain connections to the first rank, no collectives.
+
+It works where groups cannot be made, and so can tell why they cannot. A job of one process keeps its notes to itself.
+"""
+
+import datetime
+import json
+import os
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+_PREFIX = "m2_ds/board"
+
+
+class Board:
+    """Made by `join` on every rank. Values are JSON; a name is written once a rank."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store, self.rank, self.world_size = store, rank, world_size
+
+    @staticmethod
+    def join(limit_s: float) -> "Board":
+        """Connect to the store that the launcher's environment describes; the first rank opens it.
+
+        Raises ValueError, with the address, where it cannot be reached within ``limit_s`` seconds.
+        """
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
+            return Board(dist.HashStore(), 0, 1)
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            store, *_ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=limit_s)))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"rank {rank} cannot reach the first rank's store at {where} ({str(error).splitlines()[0]}); look at "
+                "MASTER_ADDR and MASTER_PORT, at firewalls, and at whether the first host's name resolves here"
+            ) from error
+        return Board(dist.PrefixStore(_PREFIX, store), rank, world_size)
+
+    def write(self, name: str, value: Any) -> None:
+        """Leave a note of this rank's."""
+        self._store.set(f"{name}/{self.rank}", json.dumps(value))
+
+    def read(self, name: str, rank: int, limit_s: float) -> Any:
+        """The note of a rank, waited for. Raises TimeoutError if it is not there within ``limit_s`` seconds."""
+        key = f"{name}/{rank}"
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=max(limit_s, 0.001)))
+            return json.loads(self._store.get(key))
+        except RuntimeError as error:  # of the store: too late, or its connection is lost
+            raise TimeoutError(f"rank {rank} left no note {name!r} within {limit_s:.0f} s") from error
