@@ -14,6 +14,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("m2_ds.quickstart:quickstart", "build a data set, train, evaluate and write the page, in minutes"),
     "train": ("m2_ds.commands:train", "train a recipe on this machine through the deepspeed launcher"),
     "config": ("m2_ds.commands:config", "check a recipe and print it with every field"),
+    "doctor": ("m2_ds.doctor.command:doctor", "machine, disk, recipe, data and network looked at before a run"),
+    "launch slurm": ("m2_ds.cluster.command:slurm", "a batch script that trains a recipe on a Slurm cluster"),
+    "launch kubernetes": ("m2_ds.cluster.command:kubernetes", "a manifest that trains a recipe on Kubernetes"),
+    "launch hostfile": ("m2_ds.cluster.command:hostfile", "machines for the deepspeed launcher, from their names"),
     "evaluate": ("m2_ds.commands:evaluate", "retrieval, zero-shot and probes of a model, as JSON and a page"),
     "embed": ("m2_ds.commands:embed", "write embeddings of a data set's pictures and captions to Parquet"),
     "convert": (

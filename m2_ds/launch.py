@@ -30,6 +30,25 @@ def evaluate(request: Path, ranks: int) -> int:
     return _start([*_launcher(ranks), "--no_local_rank", "--module", "m2_ds.evaluate", str(request)])
 
 
+def doctor(recipe: Path, ranks: int, overrides: Sequence[str], report: Path) -> tuple[int, str]:
+    """Let ``ranks`` of this machine examine themselves: exit code and output; the ``report`` (JSON) is in the file."""
+    target = ["--module", "m2_ds.doctor", "--config", str(recipe), "--silent", "--json", str(report), *overrides]
+    done = subprocess.run(
+        [*_launcher(ranks), *target],
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def doctor_on(hostfile: Path, recipe: Path, overrides: Sequence[str], outputs: Sequence[str]) -> int:
+    """The same on the machines of a hostfile; the first of their ranks prints the page. Returns the exit code."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    return _start([*command, "--module", "m2_ds.doctor", "--config", str(recipe), *outputs, *overrides])
+
+
 def _launcher(ranks: int) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -39,11 +58,15 @@ def _launcher(ranks: int) -> list[str]:
 
 def _start(command: list[str]) -> int:
     print("$", shlex.join(["deepspeed", *command[3:]]), flush=True)
+    return subprocess.run(command, env=_environment()).returncode
+
+
+def _environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")  # engine.threads sets torch's own
     if no_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    return subprocess.run(command, env=environment).returncode
+    return environment
 
 
 def no_gpu() -> bool:

@@ -26,8 +26,8 @@ FLOORS: dict[str, int] = {
             ("parallel", "data"),
             ("model", "loss"),
             ("evaluation", "convert", "prepare", "config", "api"),
-            ("engine", "plan"),
-            ("train", "evaluate", "export", "launch", "cli", "commands", "quickstart"),
+            ("engine", "plan", "cluster"),
+            ("train", "evaluate", "export", "launch", "cli", "commands", "quickstart", "doctor"),
         ]
     )
     for room in rooms
@@ -38,7 +38,7 @@ ALONG_A_FLOOR = {("config", "evaluation"), ("api", "convert")}
 # A preparation scores pairs by a model that it opens as any user does.
 ALONG_A_FLOOR |= {("prepare", "api")}
 ALONG_A_FLOOR |= {("cli", "train"), ("cli", "launch"), ("cli", "quickstart")}
-ALONG_A_FLOOR |= {("quickstart", "launch"), ("commands", "launch"), ("commands", "evaluate")}
+ALONG_A_FLOOR |= {("quickstart", "launch"), ("commands", "launch"), ("commands", "evaluate"), ("doctor", "launch")}
 # Down, but not meant: a model file holds mathematics, and so does a loss.
 NOT_DOWN = {("model", "data"), ("loss", "data")}
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from m2_ds.config import RunConfig, load_config
 from m2_ds.doctor import disk, groups, hosts, machine, recipe
-from m2_ds.doctor.check import Check, Result, TimeLimit, Verdict, fail, ok, run_all, within
+from m2_ds.doctor.check import Check, Result, TimeLimit, Verdict, ok, run_all, within
 from m2_ds.doctor.groups import Measured
 from m2_ds.doctor.hosts import Hello, line
 from m2_ds.doctor.machine import Place
@@ -60,10 +60,9 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
     except ValueError as error:
         if place.rank:
             raise
-        check = Check("ranks", "present", lambda: fail(*_halves(str(error))))
-        return Report(
-            str(path), place.world_size, [socket.gethostname()], [configured, *alone(config, place), check.run()]
-        )
+        found, _, remedy = str(error).partition("; ")
+        results = [configured, *alone(config, place), line("ranks", "present", "fail", found, remedy)]
+        return Report(str(path), place.world_size, [socket.gethostname()], results)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(hosts.Listener()) if place.is_first_here else None
         address, port = (listener.address, listener.port) if listener else ("", 0)
@@ -85,6 +84,12 @@ def alone(config: RunConfig | None, place: Place) -> list[Result]:
     return run_all(checks, socket.gethostname())
 
 
+def alone_here(path: Path, overrides: Sequence[str], ranks: int) -> list[Result]:
+    """What this machine finds out for ``ranks`` that it would start, without starting them."""
+    config, configured = _configuration(path, overrides)
+    return [configured, *alone(config, Place(0, ranks, 0, ranks))]
+
+
 def _configuration(path: Path, overrides: Sequence[str]) -> tuple[RunConfig | None, Result]:
     config: list[RunConfig] = []
 
@@ -94,11 +99,6 @@ def _configuration(path: Path, overrides: Sequence[str]) -> tuple[RunConfig | No
 
     result = Check("recipe", "configuration", look).run()
     return (config[0] if config else None), result
-
-
-def _halves(message: str) -> tuple[str, str]:
-    found, _, remedy = message.partition("; ")
-    return found, remedy
 
 
 def _facts(config: RunConfig | None) -> dict[str, Any]:
