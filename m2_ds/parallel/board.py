@@ -6,10 +6,11 @@ It works where groups cannot be made, and so can tell why they cannot. A job of 
 import datetime
 import json
 import os
+import socket
+import time
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 _PREFIX = "m2_ds/board"
 
@@ -29,13 +30,21 @@ class Board:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return Board(dist.HashStore(), 0, 1)
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+        # torchrun's agent holds the store; else the first rank does, and the groups made later share it.
+        opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        deadline = time.monotonic() + limit_s
         try:
-            store, *_ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=limit_s)))
-        except (RuntimeError, ValueError, OSError) as error:
+            if not opens:
+                _await_connection(host, port, deadline)
+            left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 1.0))
+            # The first rank does not wait for the others here: it is to tell which of them do not come.
+            store = dist.TCPStore(host, port, world_size, opens, left, wait_for_workers=False, multi_tenant=True)
+        except (RuntimeError, OSError) as error:
+            does = "open the job's" if opens else "reach the first rank's"
             raise ValueError(
-                f"rank {rank} cannot reach the first rank's store at {where} ({str(error).splitlines()[0]}); look at "
-                "MASTER_ADDR and MASTER_PORT, at firewalls, and at whether the first host's name resolves here"
+                f"rank {rank} cannot {does} store at {host}:{port} ({str(error).splitlines()[0]}); look at MASTER_ADDR "
+                "and MASTER_PORT, at firewalls, and at whether the first host's name resolves here"
             ) from error
         return Board(dist.PrefixStore(_PREFIX, store), rank, world_size)
 
@@ -51,3 +60,15 @@ class Board:
             return json.loads(self._store.get(key))
         except RuntimeError as error:  # of the store: too late, or its connection is lost
             raise TimeoutError(f"rank {rank} left no note {name!r} within {limit_s:.0f} s") from error
+
+
+def _await_connection(host: str, port: int, deadline: float) -> None:
+    """Return when something listens there; the store's own waiting fills the terminal with stack traces."""
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.1)):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)

@@ -1,7 +1,12 @@
-"""A strict reading of Kubernetes objects by lightkube's models, which are made from the API's own schema."""
+"""A strict reading of Kubernetes objects by lightkube's models, which are made from the API's own schema.
+
+The models are dataclasses of a package of their own. They ask for three names of lightkube itself, a client with
+dependencies that is not needed here; what they ask for is given to them.
+"""
 
 import dataclasses
 import importlib
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -10,9 +15,21 @@ from typing import Any
 KINDS = {("v1", "ConfigMap"): "core_v1", ("v1", "Service"): "core_v1", ("batch/v1", "Job"): "batch_v1"}
 
 
+class _Plain:
+    """In the place of the mixin that reads and writes dictionaries."""
+
+
+def _models(name: str) -> Any:
+    schema: Any = types.ModuleType("lightkube.core.schema")
+    schema.dataclass, schema.field, schema.DictMixin = dataclasses.dataclass, dataclasses.field, _Plain
+    sys.modules.setdefault("lightkube.core", types.ModuleType("lightkube.core"))
+    sys.modules.setdefault("lightkube.core.schema", schema)
+    return importlib.import_module(f"lightkube.models.{name}")
+
+
 def wrong_fields(document: dict[str, Any]) -> list[str]:
     """What the API would refuse: fields that it does not know, that are missing, or of another type."""
-    module = importlib.import_module(f"lightkube.models.{KINDS[document['apiVersion'], document['kind']]}")
+    module = _models(KINDS[document["apiVersion"], document["kind"]])
     return list(_wrong(document, getattr(module, document["kind"]), document["kind"]))
 
 
