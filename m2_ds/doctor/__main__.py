@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    from m2_ds.engine.setup import quiet
+
+    quiet()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,7 +9,6 @@ first rank     puts all of it together
 
 import contextlib
 import dataclasses
-import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -52,7 +51,6 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
 
     The first rank gets the report, the others None: they tell nothing themselves, except that they could not join.
     """
-    logging.getLogger("m2_ds").setLevel(logging.WARNING)
     place = Place.of_environment()
     config, configured = _configuration(path, overrides)
     try:
@@ -60,8 +58,8 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
     except ValueError as error:
         if place.rank:
             raise
-        found, _, remedy = str(error).partition("; ")
-        results = [configured, *alone(config, place), line("ranks", "present", "fail", found, remedy)]
+        trouble, _, remedy = str(error).partition("; ")
+        results = [configured, *alone(config, place), line("ranks", "present", "fail", trouble, remedy)]
         return Report(str(path), place.world_size, [socket.gethostname()], results)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(hosts.Listener()) if place.is_first_here else None

@@ -149,7 +149,7 @@ def captions(config: RunConfig, number: int) -> Verdict:
     texts: dict[str, list[str]] = {language: [] for language in source.languages or config.data.languages}
     for row in split.read(range(min(CAPTIONS, len(split)))):
         for caption in row.captions:
-            if caption.language in texts:
+            if caption.language in texts and source.caption_kinds.get(caption.kind, 1.0) > 0:
                 texts[caption.language].append(caption.text)
     shown, troubles = [], []
     for language, some in texts.items():
