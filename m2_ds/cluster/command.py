@@ -14,6 +14,7 @@ from m2_ds.cluster.settings import KubernetesJob, Shape, SlurmJob, settled, volu
 from m2_ds.config import load_config
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
+Several = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # one value each time that the option is given
 
 
 def slurm(
@@ -30,9 +31,9 @@ def slurm(
     cpus_per_rank: int = 8,
     interface: str = "",
     python: str = "python",
-    setup: tuple[str, ...] = (),
-    sbatch: tuple[str, ...] = (),
-    srun: tuple[str, ...] = (),
+    setup: Several = (),
+    sbatch: Several = (),
+    srun: Several = (),
     folder: Path | None = None,
     port: int | None = None,
     signal_before: int = 120,
@@ -55,9 +56,9 @@ def slurm(
         cpus_per_rank: cores a rank, its loader processes included.
         interface: network interface that joins the nodes, e.g. ib0; by default NCCL's and gloo's choice.
         python: interpreter on the nodes.
-        setup: shell lines before anything starts, e.g. 'module load cuda' 'source .venv/bin/activate'.
-        sbatch: more options of sbatch, written --sbatch=--constraint=h100.
-        srun: more options of srun, written --srun=--container-image=IMAGE.
+        setup: a shell line before anything starts, e.g. 'module load cuda'; may be given several times.
+        sbatch: another option of sbatch, written --sbatch=--constraint=h100; several times.
+        srun: another option of srun, written --srun=--container-image=IMAGE; several times.
         folder: where the job works; by default here.
         port: at which the first rank listens, and for the doctor the next one; by default from the job's number.
         signal_before: seconds before the limit at which every rank gets SIGUSR1.
@@ -89,13 +90,13 @@ def kubernetes(
     name: str | None = None,
     namespace: str = "",
     folder: str = "/workspace",
-    volume: tuple[str, ...] = (),
+    volume: Several = (),
     cpus: str = "8",
     memory: str = "64Gi",
     shared_memory: str = "16Gi",
-    resource: dict[str, str] | None = None,
-    node_selector: dict[str, str] | None = None,
-    environment: dict[str, str] | None = None,
+    resource: Several = (),
+    node_selector: Several = (),
+    environment: Several = (),
     interface: str = "",
     python: str = "python",
     port: int = 29500,
@@ -116,13 +117,13 @@ def kubernetes(
         name: of the objects; by default m2- and the recipe's.
         namespace: by default that of kubectl.
         folder: where the job works in the container: paths of the recipe start from it.
-        volume: CLAIM:PATH, persistent volume claims and where they are mounted.
+        volume: CLAIM:PATH, a persistent volume claim and where it is mounted; several times.
         cpus: cores a pod.
         memory: memory a pod, shared memory included.
         shared_memory: room in /dev/shm.
-        resource: more resources a pod, e.g. rdma/ib 1.
-        node_selector: labels of the nodes to use.
-        environment: variables, e.g. NCCL_DEBUG INFO.
+        resource: another resource of a pod, e.g. rdma/ib=1; several times.
+        node_selector: a label of the nodes to use, e.g. gpu=h100; several times.
+        environment: a variable, e.g. NCCL_DEBUG=INFO; several times.
         interface: network interface that joins the pods; by default NCCL's and gloo's choice.
         python: interpreter in the image.
         port: at which the first rank listens; the doctor takes the next one.
@@ -136,8 +137,8 @@ def kubernetes(
         "recipe": recipe, "overrides": overrides, "image": image, "nodes": nodes, "gpus_per_node": gpus_per_node,
         "ranks_per_node": ranks_per_node, "name": name or _name(recipe.stem),
         "namespace": namespace, "folder": folder, "volumes": tuple(map(volume_fields, volume)), "cpus": cpus,
-        "memory": memory, "shared_memory": shared_memory, "resources": resource or {}, "interface": interface,
-        "node_selector": node_selector or {}, "environment": environment or {}, "python": python, "port": port,
+        "memory": memory, "shared_memory": shared_memory, "resources": _pairs("--resource", resource), "interface": interface,
+        "node_selector": _pairs("--node-selector", node_selector), "environment": _pairs("--environment", environment), "python": python, "port": port,
         "grace_s": grace, "restarts": restarts, "doctor": doctor,
     }  # fmt: skip
     job = settled(KubernetesJob, fields, "m2 launch kubernetes")
@@ -170,6 +171,13 @@ def hostfile(
     target = shlex.join(["--config", str(recipe), *overrides])
     print(f"deepspeed --hostfile {shlex.quote(str(out))} --module m2_ds.doctor {target}")
     print(f"deepspeed --hostfile {shlex.quote(str(out))} --module m2_ds.train {target}")
+
+
+def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE, each."""
+    if wrong := [text for text in texts if not text.partition("=")[2]]:
+        raise ValueError(f"{option} {' '.join(wrong)}: write NAME=VALUE")
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
 
 
 def _name(stem: str) -> str:

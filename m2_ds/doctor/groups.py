@@ -50,26 +50,31 @@ def measure(mesh: Mesh, config: RunConfig, hosts: Sequence[int]) -> list[Measure
     """All of it, on every rank. ``hosts``: the first rank of each. What hangs or fails ends the series on this rank."""
     axes = [(_WORLD, mesh.world), ("tensor-parallel", mesh.tensor), ("pipeline-parallel", mesh.pipeline),
             ("data-parallel", mesh.data_parallel), ("contrast", mesh.contrast)]  # fmt: skip
-    steps: list[tuple[str, str, Callable[[], list[Measured]]]] = []
+    steps: list[tuple[str, str, float, Callable[[], list[Measured]]]] = []
     seen: list[object] = []
     for axis, group in axes:
         if group.size > 1 and group.process_group not in seen:
             seen.append(group.process_group)
-            steps.append((axis, group.name, partial(_group, axis, group, mesh)))
+            steps.append((axis, group.name, STEP_LIMIT_S, partial(_group, axis, group, mesh)))
     if mesh.pipeline.size > 1:
-        steps.append((_NEIGHBOURS, mesh.pipeline.name, lambda: list(_neighbours(mesh))))
+        steps.append((_NEIGHBOURS, mesh.pipeline.name, STEP_LIMIT_S, lambda: list(_neighbours(mesh))))
     if len(hosts) > 1:
-        steps.append((_LINKS, _WORLD, lambda: list(_links(mesh, hosts))))
-    steps.append((_ARITHMETIC, f"rank {mesh.rank}", lambda: [_arithmetic(mesh, config.engine.precision)]))
+        steps.append((_LINKS, _WORLD, links_limit_s(len(hosts)), lambda: list(_links(mesh, hosts))))
+    steps.append((_ARITHMETIC, f"rank {mesh.rank}", STEP_LIMIT_S, lambda: [_arithmetic(mesh, config.engine.precision)]))
     found: list[Measured] = []
-    for axis, what, step in steps:
+    for axis, what, limit_s, step in steps:
         try:
-            found += within(STEP_LIMIT_S, step)
+            found += within(limit_s, step)
         except TimeLimit:
-            return [*found, Measured(axis, what, error=f"no answer within {STEP_LIMIT_S:.0f} s")]
+            return [*found, Measured(axis, what, error=f"no answer within {limit_s:.0f} s")]
         except (RuntimeError, ValueError) as error:
             return [*found, Measured(axis, what, error=str(error).splitlines()[0])]
     return found
+
+
+def links_limit_s(hosts: int) -> float:
+    """They are tried one after another."""
+    return STEP_LIMIT_S + 4.0 * hosts
 
 
 def _group(axis: str, group: Group, mesh: Mesh) -> list[Measured]:

@@ -198,8 +198,10 @@ def equal(
         if odd:
             told = [f"{value or 'none'} on {_where(ranks, hellos)}" for value, ranks in odd.items()]
             differing[fact] = f"{fact}: {', '.join(told)}, {usual or 'none'} elsewhere"
+    count = len(next(iter(facts.values()), {}))
+    if not differing and not count:
+        return line("ranks", name, "skipped", "nothing could be read: see above")
     if not differing:
-        count = len(next(iter(facts.values()), {}))
         return line("ranks", name, "ok", f"equal on {len(facts)} rank(s) ({count} compared)")
     status: Status = "fail" if any(map(hard, differing)) else "warn"
     return line(

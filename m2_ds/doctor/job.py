@@ -29,7 +29,6 @@ from m2_ds.parallel.board import Board
 from m2_ds.parallel.mesh import Mesh
 
 JOIN_S, LOCAL_S, MESH_S = 60.0, 900.0, 120.0
-GROUPS_S = MESH_S + 8 * groups.STEP_LIMIT_S
 
 
 @dataclass
@@ -67,7 +66,8 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
         own = Hello(place.rank, place.local_rank, socket.gethostname(), getpid(), address, port)
         board.write("hello", dataclasses.asdict(own))
         found = alone(config, place) if place.is_first_here else []
-        board.write("alone", {"results": [result.model_dump() for result in found], **_facts(config)})
+        results = [result.model_dump() for result in found]
+        board.write("alone", {"results": results, "valid": config is not None, **_facts(config)})
         if place.rank:
             _take_part(board, own, config)
             return None
@@ -123,10 +123,16 @@ def _take_part(board: Board, own: Hello, config: RunConfig | None) -> None:
         board.write("groups", _groups(config, [host["rank"] for host in plan["hosts"]]))
 
 
+def _groups_limit_s(hosts: int) -> float:
+    """For making the groups and all that is measured in them."""
+    return MESH_S + 8 * groups.STEP_LIMIT_S + groups.links_limit_s(hosts)
+
+
 def _groups(config: RunConfig, first_ranks: list[int]) -> list[dict[str, Any]]:
     """What this rank measures in its groups."""
+    minutes = _groups_limit_s(len(first_ranks)) / 60  # not the backend's own: NCCL's would end the process
     try:
-        mesh = within(MESH_S, lambda: Mesh.start(config.parallel, timeout_minutes=GROUPS_S / 60))
+        mesh = within(MESH_S, lambda: Mesh.start(config.parallel, timeout_minutes=minutes))
     except TimeLimit:
         return groups.as_note([Measured("groups", "making them", error=f"no answer within {MESH_S:.0f} s")])
     except (RuntimeError, ValueError) as error:
@@ -159,7 +165,8 @@ def _lead(board: Board, own: Hello, config: RunConfig | None, report: Report) ->
         ),
         hosts.equal({rank: note["digests"] for rank, note in notes.items()}, there, "recipe and data", lambda _: True),
     ]
-    go = config is not None and len(notes) == board.world_size
+    valid = all(note["valid"] for note in notes.values())
+    go = valid and len(notes) == board.world_size
     first = hosts.first_of_hosts({rank: there[rank] for rank in notes})
     with contextlib.ExitStack() as stack:
         shared = stack.enter_context(disk.scratch(config.folder)) if config and len(first) > 1 else None
@@ -173,11 +180,11 @@ def _lead(board: Board, own: Hello, config: RunConfig | None, report: Report) ->
         if len(first) > 1:
             report.results += _between_hosts(board, own, first, shared)
     if not go or config is None:
-        reason = "no valid recipe" if config is None else "not all ranks are there"
+        reason = "not all ranks are there" if valid else "not every rank has a valid recipe"
         report.results.append(line("network", "groups", "skipped", reason))
         return report
     measured = {0: _groups(config, [host.rank for host in first])}
-    others = _collect(board, "groups", range(1, board.world_size), GROUPS_S)
+    others = _collect(board, "groups", range(1, board.world_size), _groups_limit_s(len(first)))
     if silent := sorted(set(range(1, board.world_size)) - others.keys()):
         found = f"{len(silent)} rank(s), the first {silent[0]} on {there[silent[0]].host}, left no answer"
         report.results.append(line("network", "groups", "fail", found, "look at their output above"))

@@ -17,10 +17,11 @@ from tests.cluster.conftest import RECIPE
 from tests.cluster.manifest import wrong_fields
 
 ROOT = Path(__file__).parents[2]
+QUOTED = "a=\"b\" 'c' <d> & {{e}}"
 FULL = {
     "name": "m2-ten", "namespace": "vision", "volume": ("pairs:/data", "runs.2:/workspace/runs"),
-    "resource": {"rdma/ib": "1"}, "node_selector": {"gpu": "h100", "spot": "true"}, "interface": "eth0",
-    "environment": {"NCCL_DEBUG": "INFO", "QUOTED": "a \"b\" 'c' <d> & {{e}}"}, "overrides": ("seed=5",),
+    "resource": ("rdma/ib=1",), "node_selector": ("gpu=h100", "spot=true"), "interface": "eth0",
+    "environment": ("NCCL_DEBUG=INFO", f"QUOTED={QUOTED}"), "overrides": ("seed=5",),
 }  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def test_objects_fit_each_other(tmp_path: Path) -> None:
     assert found["Service"]["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
     assert pod["subdomain"] == name and environment["MASTER_ADDR"] == f"{name}-0.{name}"
     assert job["completions"] == job["parallelism"] == 2 and job["completionMode"] == "Indexed"
-    assert environment["QUOTED"] == FULL["environment"]["QUOTED"]  # type: ignore[index]
+    assert environment["QUOTED"] == QUOTED
     assert container["resources"]["limits"] == container["resources"]["requests"]
     assert container["resources"]["limits"] == {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "8", "rdma/ib": "1"}
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
@@ -88,7 +89,7 @@ def test_objects_fit_each_other(tmp_path: Path) -> None:
         ({"volume": ("data:relative",)}, "volumes.0.path"),
         ({"volume": ("a:/x", "b:/x")}, "name a path twice"),
         ({"memory": "64 GB"}, "memory: must be a quantity"),
-        ({"environment": {"A-B": "1"}}, "are no names of variables"),
+        ({"environment": ("A-B=1",)}, "are no names of variables"),
         ({"nodes": 0}, "nodes: Input should be greater than or equal to 1"),
         ({"nodes": 1, "gpus_per_node": 3}, "does not divide 3 rank"),
     ],

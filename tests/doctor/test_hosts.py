@@ -71,6 +71,7 @@ def test_ranks_that_differ_are_named_with_their_hosts() -> None:
     there = {rank: hello(rank, f"host{rank // 2}", rank % 2) for rank in range(6)}
     facts: dict[int, dict[str, str | None]] = {rank: {"torch": "2.13", "numpy": "2.4"} for rank in range(6)}
     assert hosts.equal(facts, there, "software", hosts.HARD.__contains__).found == "equal on 6 rank(s) (2 compared)"
+    assert hosts.equal({0: {}, 1: {}}, there, "recipe and data", lambda _: True).status == "skipped"
     facts[5]["numpy"] = "2.3"
     soft = hosts.equal(facts, there, "software", hosts.HARD.__contains__)
     assert soft.status == "warn" and soft.found == "numpy: 2.3 on rank 5 (host2), 2.4 elsewhere"
