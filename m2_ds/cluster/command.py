@@ -137,8 +137,9 @@ def kubernetes(
         "recipe": recipe, "overrides": overrides, "image": image, "nodes": nodes, "gpus_per_node": gpus_per_node,
         "ranks_per_node": ranks_per_node, "name": name or _name(recipe.stem),
         "namespace": namespace, "folder": folder, "volumes": tuple(map(volume_fields, volume)), "cpus": cpus,
-        "memory": memory, "shared_memory": shared_memory, "resources": _pairs("--resource", resource), "interface": interface,
-        "node_selector": _pairs("--node-selector", node_selector), "environment": _pairs("--environment", environment), "python": python, "port": port,
+        "memory": memory, "shared_memory": shared_memory, "interface": interface,
+        "resources": _pairs("--resource", resource), "node_selector": _pairs("--node-selector", node_selector),
+        "environment": _pairs("--environment", environment), "python": python, "port": port,
         "grace_s": grace, "restarts": restarts, "doctor": doctor,
     }  # fmt: skip
     job = settled(KubernetesJob, fields, "m2 launch kubernetes")
