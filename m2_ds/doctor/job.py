@@ -66,8 +66,8 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
         own = Hello(place.rank, place.local_rank, socket.gethostname(), getpid(), address, port)
         board.write("hello", dataclasses.asdict(own))
         found = alone(config, place) if place.is_first_here else []
-        results = [result.model_dump() for result in found]
-        board.write("alone", {"results": results, "valid": config is not None, **_facts(config)})
+        told = [result.model_dump() for result in found]
+        board.write("alone", {"results": told, "valid": config is not None, **_facts(config)})
         if place.rank:
             _take_part(board, own, config)
             return None
