@@ -7,6 +7,9 @@ from typing import Annotated
 import tyro
 
 from m2_ds import launch
+from m2_ds.doctor import page
+from m2_ds.doctor.check import Result
+from m2_ds.doctor.report import Report
 
 TAIL = 25  # lines of the ranks' output that are shown where they left no report
 
@@ -46,21 +49,18 @@ def doctor(
 
 
 def _here(recipe: Path, overrides: tuple[str, ...], processes: int, html: Path | None, out: Path | None) -> int:
-    from m2_ds.doctor import page
-    from m2_ds.doctor.hosts import line
-    from m2_ds.doctor.job import Report, alone_here
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
         code, output = launch.doctor(recipe, processes, overrides, path)
         if path.exists():
             report = page.read_report(path)
         else:
+            from m2_ds.doctor.job import alone_here  # imports what the ranks import, and takes as long
+
             report = Report(str(recipe), processes, ["this machine"], alone_here(recipe, overrides, processes))
             tail = "\n".join(output.splitlines()[-TAIL:])
-            report.results.append(
-                line("ranks", "present", "fail", f"the launcher ended with code {code} and no report:\n{tail}", "")
-            )
+            found = f"the launcher ended with code {code} and no report:\n{tail}"
+            report.results.append(Result(section="ranks", name="present", status="fail", found=found))
     if out is not None:
         page.write_report(report, out)
     if html is not None:

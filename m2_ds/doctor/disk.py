@@ -120,7 +120,7 @@ def speed(config: RunConfig) -> Verdict:
                 pass
         read = path.stat().st_size / (time.perf_counter() - started)
     one = checkpoint_bytes(numbers(config))
-    shown = f"writes {rate(written)}, reads {rate(read)}; a checkpoint of {size(one)} takes about {one / written:.0f} s"
+    shown = f"writes {rate(written)}, reads {rate(read)}; a checkpoint of {size(one)} takes about {one / written:.2g} s"
     if one / written > SLOW_CHECKPOINT_S:
         return warn(shown, "set folder=... to a faster disk, or write checkpoints less often (checkpoint.every)")
     return ok(shown)

@@ -12,7 +12,6 @@ import dataclasses
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from os import getpid
 from pathlib import Path
 from typing import Any
@@ -23,26 +22,13 @@ from m2_ds.doctor.check import Check, Result, TimeLimit, Verdict, ok, run_all, w
 from m2_ds.doctor.groups import Measured
 from m2_ds.doctor.hosts import Hello, line
 from m2_ds.doctor.machine import Place
+from m2_ds.doctor.report import Report
 from m2_ds.doctor.sizes import numbers
 from m2_ds.engine.environment import software
 from m2_ds.parallel.board import Board
 from m2_ds.parallel.mesh import Mesh
 
 JOIN_S, LOCAL_S, MESH_S = 60.0, 900.0, 120.0
-
-
-@dataclass
-class Report:
-    """Everything that was found. ``hosts``: their names, in rank order."""
-
-    recipe: str
-    world_size: int
-    hosts: list[str]
-    results: list[Result] = field(default_factory=list)
-
-    @property
-    def failed(self) -> bool:
-        return any(result.status == "fail" for result in self.results)
 
 
 def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
@@ -105,8 +91,8 @@ def _facts(config: RunConfig | None) -> dict[str, Any]:
     packages = {**facts.pop("packages"), "python": facts["python"], "m2_ds": facts["m2_ds"], "commit": facts["commit"]}
     try:
         digests = within(60, lambda: recipe.digests(config)) if config else {}
-    except (ValueError, TimeLimit):
-        digests = {}  # a line of its own tells what cannot be read
+    except TimeLimit:
+        digests = {}  # lines of their own tell what does not answer
     return {"packages": packages, "digests": digests}
 
 

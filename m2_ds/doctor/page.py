@@ -3,6 +3,8 @@
 import dataclasses
 import datetime
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from m2_ds.doctor.check import SECTIONS, Result, Status
-from m2_ds.doctor.job import Report
+from m2_ds.doctor.report import Report
 from m2_ds.files import write_atomically, write_json
 
+LOG_WIDTH = 120  # where there is no terminal to ask
 MARKS: dict[Status, tuple[str, str]] = {
     "ok": ("✔", "green"),
     "warn": ("!", "yellow"),
@@ -77,12 +80,16 @@ def about(report: Report) -> str:
 
 
 def print_page(report: Report, console: Console | None = None) -> None:
-    console = console or Console(highlight=False)
+    if console is None:
+        narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+        console = Console(highlight=False, width=None if narrow else LOG_WIDTH)
     console.print(f"[bold]m2 doctor[/]  {escape(about(report))}")
-    for section, some in lines(report.results):
+    sections = list(lines(report.results))
+    width = min(34, max((len(line.name) for _, some in sections for line in some), default=0))
+    for section, some in sections:
         table = Table(box=None, show_header=False, padding=(0, 1), expand=False)
         table.add_column(width=1)
-        table.add_column(style="bold", max_width=30)
+        table.add_column(style="bold", width=width)
         table.add_column(overflow="fold")
         for line in some:
             mark, style = MARKS[line.status]

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import cast
 
@@ -13,7 +13,7 @@ from m2_ds.data.batch import PairBatch
 from m2_ds.data.config import SourceConfig
 from m2_ds.data.reader import Dataset, Split, open_dataset
 from m2_ds.data.stream import build_loader
-from m2_ds.data.text import Tokenizer
+from m2_ds.data.text import Tokenizer, load_tokenizer
 from m2_ds.doctor.check import Check, Verdict, fail, ok, size, skipped, warn
 from m2_ds.doctor.machine import Place
 from m2_ds.engine import preflight
@@ -27,6 +27,7 @@ from m2_ds.parallel.mesh import Mesh
 VERIFIED_BYTES = 256 << 20  # of shards whose checksums are compared, a source: the first, the last, those between
 CAPTIONS = 256
 UNKNOWN_SHARE, CUT_SHARE = 0.02, 0.05  # of tokens that the tokenizer does not know, of captions that are too long
+_NO_TOKENIZER = "the tokenizer cannot be used: see above"
 _STORE = "the store does not answer: look at its mount, address and credentials on this host"
 
 
@@ -145,7 +146,9 @@ def _spread(place: int, count: int) -> str:
 def captions(config: RunConfig, number: int) -> Verdict:
     """What the tokenizer makes of the first captions, by language: tokens, those it does not know, texts it cuts."""
     source = config.data.sources[number]
-    found, (_, split) = preflight.open_tokenizer(config), _open(source)
+    if (found := _tokenizer(config)) is None:
+        return skipped(_NO_TOKENIZER)
+    _, split = _open(source)
     texts: dict[str, list[str]] = {language: [] for language in source.languages or config.data.languages}
     for row in split.read(range(min(CAPTIONS, len(split)))):
         for caption in row.captions:
@@ -177,7 +180,8 @@ def _tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[float, float, float
 
 def first_batch(config: RunConfig, place: Place) -> Verdict:
     """One micro-batch as the run will make it: read, decoded, varied, tokenized; how fast one process does it."""
-    found = preflight.open_tokenizer(config)
+    if (found := _tokenizer(config)) is None:
+        return skipped(_NO_TOKENIZER)
     try:
         pairs = config.batch_shape(Layout.of(config.parallel, place.world_size).data)[0]
     except ValueError:
@@ -204,20 +208,34 @@ def first_batch(config: RunConfig, place: Place) -> Verdict:
 
 
 def digests(config: RunConfig) -> dict[str, str]:
-    """What has to be equal on every rank: configuration, DeepSpeed file, tokenizer, data sets; short SHA-256 each.
-
-    Raises ValueError for what cannot be read.
-    """
-    model = preflight.open_tokenizer(config).__getstate__()["model"]
-    try:
-        deepspeed = config.engine.deepspeed.read_bytes()
-    except OSError as error:
-        raise ValueError(f"engine.deepspeed: {config.engine.deepspeed} cannot be read ({error.strerror})") from None
-    found = {"recipe": config.to_yaml().encode(), "DeepSpeed file": deepspeed, "tokenizer": model}
-    own = {name: hashlib.sha256(content).hexdigest()[:12] for name, content in found.items()}
+    """What has to be equal on every rank: configuration, DeepSpeed file, tokenizer, data sets; short SHA-256 each."""
+    found = {
+        "recipe": _digest(lambda: config.to_yaml().encode()),
+        "DeepSpeed file": _digest(config.engine.deepspeed.read_bytes),
+        "tokenizer": _digest(lambda: load_tokenizer(config.tokenizer).__getstate__()["model"]),
+    }
     for source in config.data.sources:
-        own[f"data set {source.path}"] = open_dataset(source.path).digest[:12]
-    return own
+        found[f"data set {source.path}"] = _digest(partial(_manifest, source))
+    return found
+
+
+def _manifest(source: SourceConfig) -> bytes:
+    return open_dataset(source.path).digest.encode()
+
+
+def _digest(read: Callable[[], bytes]) -> str:
+    try:
+        return hashlib.sha256(read()).hexdigest()[:12]
+    except (OSError, ValueError):
+        return "unreadable"  # lines of their own say why; another rank may be able to read it
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer | None:
+    """None where a line of its own says what is wrong with it."""
+    try:
+        return preflight.open_tokenizer(config)
+    except ValueError:
+        return None
 
 
 def _open(source: SourceConfig) -> tuple[Dataset, Split]:

@@ -138,7 +138,7 @@ def test_a_launcher_that_leaves_no_report_is_told_with_its_last_words(
 ) -> None:
     monkeypatch.setattr(launch, "doctor", lambda *_: (9, "line\n" * 99 + "ImportError: libmpi"))
     assert doctor(recipe_file, processes=2) == 1
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "ended with code 9 and no report" in shown and "ImportError: libmpi" in shown and "first batch" in shown
 
 

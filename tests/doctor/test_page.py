@@ -9,7 +9,7 @@ from rich.console import Console
 
 from m2_ds.doctor import page
 from m2_ds.doctor.check import Result
-from m2_ds.doctor.job import Report
+from m2_ds.doctor.report import Report
 
 
 def report() -> Report:

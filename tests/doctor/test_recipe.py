@@ -111,5 +111,15 @@ def test_too_few_pairs_for_a_step(tree: dict[str, Any]) -> None:
 def test_digests_follow_what_ranks_must_share(tree: dict[str, Any], shapes: Path) -> None:
     found = recipe.digests(config_of(tree))
     assert found.keys() == {"recipe", "DeepSpeed file", "tokenizer", f"data set {shapes}"}
+    assert all(len(digest) == 12 for digest in found.values())
     other = recipe.digests(config_of(changed(tree, {"optim.lr": 1e-5})))
     assert [name for name in found if found[name] != other[name]] == ["recipe"]
+    gone = recipe.digests(config_of(changed(tree, {"tokenizer": "nowhere"})))
+    assert gone["tokenizer"] == "unreadable" and gone["DeepSpeed file"] == found["DeepSpeed file"]
+
+
+def test_what_needs_the_tokenizer_is_left_out_without_one(tree: dict[str, Any]) -> None:
+    results = looked_at(config_of(changed(tree, {"tokenizer": "nowhere"})))
+    assert [results[name].status for name in ("tokenizer", "captions", "first batch", "data")] == [
+        "fail", "skipped", "skipped", "ok",
+    ]  # fmt: skip
