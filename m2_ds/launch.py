@@ -30,9 +30,9 @@ def evaluate(request: Path, ranks: int) -> int:
     return _start([*_launcher(ranks), "--no_local_rank", "--module", "m2_ds.evaluate", str(request)])
 
 
-def doctor(recipe: Path, ranks: int, overrides: Sequence[str], report: Path) -> tuple[int, str]:
+def doctor(recipe: Path | None, ranks: int, overrides: Sequence[str], report: Path) -> tuple[int, str]:
     """Let ``ranks`` of this machine examine themselves: exit code and output; the ``report`` (JSON) is in the file."""
-    target = ["--module", "m2_ds.doctor", "--config", str(recipe), "--silent", "--json", str(report), *overrides]
+    target = ["--module", "m2_ds.doctor", "--silent", "--json", str(report), *_recipe(recipe), *overrides]
     done = subprocess.run(
         [*_launcher(ranks), *target],
         env=_environment(),
@@ -43,10 +43,14 @@ def doctor(recipe: Path, ranks: int, overrides: Sequence[str], report: Path) -> 
     return done.returncode, done.stdout
 
 
-def doctor_on(hostfile: Path, recipe: Path, overrides: Sequence[str], outputs: Sequence[str]) -> int:
+def doctor_on(hostfile: Path, recipe: Path | None, overrides: Sequence[str], outputs: Sequence[str]) -> int:
     """The same on the machines of a hostfile; the first of their ranks prints the page. Returns the exit code."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
-    return _start([*command, "--module", "m2_ds.doctor", "--config", str(recipe), *outputs, *overrides])
+    return _start([*command, "--module", "m2_ds.doctor", *outputs, *_recipe(recipe), *overrides])
+
+
+def _recipe(path: Path | None) -> list[str]:
+    return [] if path is None else ["--config", str(path)]
 
 
 def _launcher(ranks: int) -> list[str]:

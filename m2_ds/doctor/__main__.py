@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="m2_ds.doctor", description="Look at machines, recipe and network; started by deepspeed, torchrun or srun."
     )
-    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML), see ds_configs/recipes/")
+    parser.add_argument("--config", type=Path, help="recipe (YAML); none: machines and network only")
     parser.add_argument("--html", type=Path, help="also write the page to this file")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--silent", action="store_true", help="print no page")

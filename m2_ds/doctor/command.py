@@ -15,7 +15,7 @@ TAIL = 25  # lines of the ranks' output that are shown where they left no report
 
 
 def doctor(
-    recipe: tyro.conf.Positional[Path],
+    recipe: tyro.conf.Positional[Path | None] = None,
     overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     *,
     processes: int | None = None,
@@ -29,7 +29,7 @@ def doctor(
     `m2_ds.train`: docs/launching.md.
 
     Args:
-        recipe: YAML file, see ds_configs/recipes/.
+        recipe: YAML file, see ds_configs/recipes/; none: machine and network only.
         overrides: field=value, as the run will get them.
         processes: ranks to start on this machine; by default one a GPU, or one a core, as m2 train does.
         hostfile: machines of the deepspeed launcher instead, a line a host: NAME slots=GPUS.
@@ -48,7 +48,7 @@ def doctor(
     return _here(recipe, overrides, processes or launch.ranks_of_this_machine(), html, json)
 
 
-def _here(recipe: Path, overrides: tuple[str, ...], processes: int, html: Path | None, out: Path | None) -> int:
+def _here(recipe: Path | None, overrides: tuple[str, ...], processes: int, html: Path | None, out: Path | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
         code, output = launch.doctor(recipe, processes, overrides, path)
@@ -57,7 +57,9 @@ def _here(recipe: Path, overrides: tuple[str, ...], processes: int, html: Path |
         else:
             from m2_ds.doctor.job import alone_here  # imports what the ranks import, and takes as long
 
-            report = Report(str(recipe), processes, ["this machine"], alone_here(recipe, overrides, processes))
+            report = Report(
+                str(recipe or "no recipe"), processes, ["this machine"], alone_here(recipe, overrides, processes)
+            )
             tail = "\n".join(output.splitlines()[-TAIL:])
             found = f"the launcher ended with code {code} and no report:\n{tail}"
             report.results.append(Result(section="ranks", name="present", status="fail", found=found))

@@ -46,8 +46,11 @@ class Measured:
     error: str = ""
 
 
-def measure(mesh: Mesh, config: RunConfig, hosts: Sequence[int]) -> list[Measured]:
-    """All of it, on every rank. ``hosts``: the first rank of each. What hangs or fails ends the series on this rank."""
+def measure(mesh: Mesh, precision: str, hosts: Sequence[int]) -> list[Measured]:
+    """All of it, on every rank. ``precision``: of the arithmetic, fp32 or bf16; ``hosts``: the first rank of each.
+
+    What hangs or fails ends the series on this rank.
+    """
     axes = [(_WORLD, mesh.world), ("tensor-parallel", mesh.tensor), ("pipeline-parallel", mesh.pipeline),
             ("data-parallel", mesh.data_parallel), ("contrast", mesh.contrast)]  # fmt: skip
     steps: list[tuple[str, str, float, Callable[[], list[Measured]]]] = []
@@ -60,7 +63,7 @@ def measure(mesh: Mesh, config: RunConfig, hosts: Sequence[int]) -> list[Measure
         steps.append((_NEIGHBOURS, mesh.pipeline.name, STEP_LIMIT_S, lambda: list(_neighbours(mesh))))
     if len(hosts) > 1:
         steps.append((_LINKS, _WORLD, links_limit_s(len(hosts)), lambda: list(_links(mesh, hosts))))
-    steps.append((_ARITHMETIC, f"rank {mesh.rank}", STEP_LIMIT_S, lambda: [_arithmetic(mesh, config.engine.precision)]))
+    steps.append((_ARITHMETIC, f"rank {mesh.rank}", STEP_LIMIT_S, lambda: [_arithmetic(mesh, precision)]))
     found: list[Measured] = []
     for axis, what, limit_s, step in steps:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from m2_ds.config import RunConfig, load_config
 from m2_ds.doctor import disk, groups, hosts, machine, recipe
-from m2_ds.doctor.check import Check, Result, TimeLimit, Verdict, ok, run_all, within
+from m2_ds.doctor.check import Check, Result, TimeLimit, Verdict, ok, run_all, skipped, within
 from m2_ds.doctor.groups import Measured
 from m2_ds.doctor.hosts import Hello, line
 from m2_ds.doctor.machine import Place
@@ -31,13 +31,16 @@ from m2_ds.parallel.mesh import Mesh
 JOIN_S, LOCAL_S, MESH_S = 60.0, 900.0, 120.0
 
 
-def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
+def examine(path: Path | None, overrides: Sequence[str] = ()) -> Report | None:
     """Everything, on every rank of the job that the launcher describes (none: a job of one process).
+
+    Without a recipe: machines, and the network among all ranks.
 
     The first rank gets the report, the others None: they tell nothing themselves, except that they could not join.
     """
     place = Place.of_environment()
     config, configured = _configuration(path, overrides)
+    name = "no recipe" if path is None else str(path)
     try:
         board = Board.join(JOIN_S)
     except ValueError as error:
@@ -45,7 +48,7 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
             raise
         trouble, _, remedy = str(error).partition("; ")
         results = [configured, *alone(config, place), line("ranks", "present", "fail", trouble, remedy)]
-        return Report(str(path), place.world_size, [socket.gethostname()], results)
+        return Report(name, place.world_size, [socket.gethostname()], results)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(hosts.Listener()) if place.is_first_here else None
         address, port = (listener.address, listener.port) if listener else ("", 0)
@@ -53,11 +56,11 @@ def examine(path: Path, overrides: Sequence[str] = ()) -> Report | None:
         board.write("hello", dataclasses.asdict(own))
         found = alone(config, place) if place.is_first_here else []
         told = [result.model_dump() for result in found]
-        board.write("alone", {"results": told, "valid": config is not None, **_facts(config)})
+        board.write("alone", {"results": told, "valid": configured.status != "fail", **_facts(config)})
         if place.rank:
             _take_part(board, own, config)
             return None
-        return _lead(board, own, config, Report(str(path), place.world_size, [], [configured]))
+        return _lead(board, own, config, Report(name, place.world_size, [], [configured]))
 
 
 def alone(config: RunConfig | None, place: Place) -> list[Result]:
@@ -68,16 +71,18 @@ def alone(config: RunConfig | None, place: Place) -> list[Result]:
     return run_all(checks, socket.gethostname())
 
 
-def alone_here(path: Path, overrides: Sequence[str], ranks: int) -> list[Result]:
+def alone_here(path: Path | None, overrides: Sequence[str], ranks: int) -> list[Result]:
     """What this machine finds out for ``ranks`` that it would start, without starting them."""
     config, configured = _configuration(path, overrides)
     return [configured, *alone(config, Place(0, ranks, 0, ranks))]
 
 
-def _configuration(path: Path, overrides: Sequence[str]) -> tuple[RunConfig | None, Result]:
+def _configuration(path: Path | None, overrides: Sequence[str]) -> tuple[RunConfig | None, Result]:
     config: list[RunConfig] = []
 
     def look() -> Verdict:
+        if path is None:
+            return skipped("no recipe: machines and network only")
         config.append(load_config(path, overrides))
         return ok(f"{path}: {config[0].steps:,} steps of {config[0].global_batch:,} pairs into {config[0].folder}")
 
@@ -105,7 +110,7 @@ def _take_part(board: Board, own: Hello, config: RunConfig | None) -> None:
         clock = hosts.tick(board)
         seen = hosts.wait_for(Path(plan["file"])) if plan["file"] else True
         board.write("host", {"troubles": troubles, "clock": clock, "seen": seen})
-    if plan["go"] and config is not None:
+    if plan["go"]:
         board.write("groups", _groups(config, [host["rank"] for host in plan["hosts"]]))
 
 
@@ -114,16 +119,16 @@ def _groups_limit_s(hosts: int) -> float:
     return MESH_S + 8 * groups.STEP_LIMIT_S + groups.links_limit_s(hosts)
 
 
-def _groups(config: RunConfig, first_ranks: list[int]) -> list[dict[str, Any]]:
+def _groups(config: RunConfig | None, first_ranks: list[int]) -> list[dict[str, Any]]:
     """What this rank measures in its groups."""
     minutes = _groups_limit_s(len(first_ranks)) / 60  # not the backend's own: NCCL's would end the process
     try:
-        mesh = within(MESH_S, lambda: Mesh.start(config.parallel, timeout_minutes=minutes))
+        mesh = within(MESH_S, lambda: Mesh.start(config.parallel if config else None, timeout_minutes=minutes))
     except TimeLimit:
         return groups.as_note([Measured("groups", "making them", error=f"no answer within {MESH_S:.0f} s")])
     except (RuntimeError, ValueError) as error:
         return groups.as_note([Measured("groups", "making them", error=str(error).splitlines()[0])])
-    found = groups.measure(mesh, config, first_ranks)
+    found = groups.measure(mesh, config.engine.precision if config else "fp32", first_ranks)
     if not any(one.error for one in found):
         mesh.stop()
     return groups.as_note(found)
@@ -165,7 +170,7 @@ def _lead(board: Board, own: Hello, config: RunConfig | None, report: Report) ->
         board.write("plan", {"go": go, "hosts": [dataclasses.asdict(host) for host in first], "file": where})
         if len(first) > 1:
             report.results += _between_hosts(board, own, first, shared)
-    if not go or config is None:
+    if not go:
         reason = "not all ranks are there" if valid else "not every rank has a valid recipe"
         report.results.append(line("network", "groups", "skipped", reason))
         return report
@@ -176,7 +181,7 @@ def _lead(board: Board, own: Hello, config: RunConfig | None, report: Report) ->
         report.results.append(line("network", "groups", "fail", found, "look at their output above"))
     found_by = {rank: [Measured(**one) for one in note] for rank, note in {**measured, **others}.items()}
     names = {rank: f"rank {rank} ({hello.host})" for rank, hello in there.items()}
-    report.results += groups.results(found_by, names, _gradients(config))
+    report.results += groups.results(found_by, names, _gradients(config) if config else 0.0)
     return report
 
 

@@ -16,6 +16,7 @@ from m2_ds.doctor import __main__ as target
 from m2_ds.doctor import job
 from m2_ds.doctor.command import doctor
 from tests.engine.conftest import LAUNCHER_SETS
+from tests.engine.jobs import changed
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120.0
@@ -55,6 +56,14 @@ def test_a_wrong_recipe_is_a_red_line_among_the_others(recipe_file: Path, tmp_pa
     found = read(out)
     assert found["configuration"]["status"] == "fail" and "steps: Input should be" in found["configuration"]["found"]
     assert found["versions"]["status"] == "ok" and "tokenizer" not in found
+
+
+def test_without_a_recipe_only_the_machine_is_looked_at(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert target.main(["--json", str(out), "--silent"]) == 0
+    found = read(out)
+    assert found["versions"]["status"] == "ok" and found["configuration"]["status"] == "skipped"
+    assert "tokenizer" not in found and "space" not in found
 
 
 def test_a_rank_that_never_comes_is_named(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +108,8 @@ def test_the_launcher_starts_ranks_that_look_at_each_other(
 @pytest.mark.distributed
 def test_ranks_of_other_recipes_and_software_are_named(recipe_file: Path, tmp_path: Path) -> None:
     """Two ranks as two hosts: the second has another seed and another version of torch."""
+    tree = yaml.safe_load(recipe_file.read_text())
+    recipe_file.write_text(yaml.safe_dump(changed(tree, {"parallel.tensor_parallel_size": 2})))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -129,7 +140,15 @@ def test_ranks_of_other_recipes_and_software_are_named(recipe_file: Path, tmp_pa
     found = read(out)
     assert found["recipe and data"]["status"] == "fail" and "recipe: " in found["recipe and data"]["found"]
     assert "torch: 2.0 on rank 1" in found["software"]["found"] and found["software"]["status"] == "fail"
-    for name in ("present", "connections", "clocks", "one run folder", "all ranks", "links between hosts"):
+    for name in (
+        "present",
+        "connections",
+        "clocks",
+        "one run folder",
+        "all ranks",
+        "tensor-parallel",
+        "links between hosts",
+    ):
         assert found[name]["status"] in ("ok", "warn"), found[name]
 
 
@@ -158,5 +177,5 @@ def test_a_hostfile_is_handed_to_the_launcher(
     hosts.write_text("a slots=8\n")
     monkeypatch.setattr(launch, "_start", lambda command: started.append(command) or 1)
     assert doctor(recipe_file, ("seed=4",), hostfile=hosts, html=tmp_path / "page.html") == 1
-    wanted = ["--hostfile", str(hosts), "--module", "m2_ds.doctor", "--config", str(recipe_file)]
-    assert started[0][3:] == [*wanted, "--html", str(tmp_path / "page.html"), "seed=4"]
+    wanted = ["--hostfile", str(hosts), "--module", "m2_ds.doctor", "--html", str(tmp_path / "page.html")]
+    assert started[0][3:] == [*wanted, "--config", str(recipe_file), "seed=4"]

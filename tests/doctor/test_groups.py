@@ -16,7 +16,7 @@ NAMES = {rank: f"rank {rank} (host{rank // 2})" for rank in range(8)}
 def measured(mesh: Mesh, config: RunConfig) -> tuple[list[Measured], list[Measured]]:
     """As it is, and with sums that come out wrong on rank 1."""
     mesh = mesh.with_layout(config.parallel)
-    honest = groups.measure(mesh, config, [0, 2])
+    honest = groups.measure(mesh, config.engine.precision, [0, 2])
     start = groups.start_all_reduce
 
     def wrong(x: torch.Tensor, *arguments: object) -> object:
@@ -27,9 +27,10 @@ def measured(mesh: Mesh, config: RunConfig) -> tuple[list[Measured], list[Measur
         return work
 
     groups.start_all_reduce = wrong  # type: ignore[assignment]
-    return honest, groups.measure(mesh, config, [0, 2])
+    return honest, groups.measure(mesh, config.engine.precision, [0, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_group_of_a_mesh_is_measured(tree: dict[str, object]) -> None:
     config = config_of(changed(tree, {"parallel": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}))
@@ -54,7 +55,7 @@ def test_every_group_of_a_mesh_is_measured(tree: dict[str, object]) -> None:
 
 def _one_leaves(mesh: Mesh, config: RunConfig) -> list[Measured]:
     groups.STEP_LIMIT_S = 2.0
-    return [] if mesh.rank else groups.measure(mesh, config, [0])
+    return [] if mesh.rank else groups.measure(mesh, "bf16", [0])
 
 
 @pytest.mark.slow
