@@ -34,7 +34,7 @@ def measured(mesh: Mesh, config: RunConfig) -> tuple[list[Measured], list[Measur
 @pytest.mark.distributed
 def test_every_group_of_a_mesh_is_measured(tree: dict[str, object]) -> None:
     config = config_of(changed(tree, {"parallel": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}))
-    both = dict(enumerate(run_ranks(4, measured, config)))
+    both = dict(enumerate(run_ranks(4, measured, config, seconds=250)))
     found = {rank: honest for rank, (honest, _) in both.items()}
     lines = {result.name: result for result in results(found, NAMES, 1e6)}
     assert lines.keys() == {
@@ -61,7 +61,7 @@ def _one_leaves(mesh: Mesh, config: RunConfig) -> list[Measured]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_that_takes_no_part_is_noticed_in_time(config: RunConfig) -> None:
-    found = dict(enumerate(run_ranks(2, _one_leaves, config)))
+    found = dict(enumerate(run_ranks(2, _one_leaves, config, seconds=250)))
     (line,) = results(found, NAMES, 0)
     assert line.status == "fail" and line.name == "all ranks"
 
