@@ -200,7 +200,7 @@ def equal(
             differing[fact] = f"{fact}: {', '.join(told)}, {usual or 'none'} elsewhere"
     count = len(next(iter(facts.values()), {}))
     if not differing and not count:
-        return line("ranks", name, "skipped", "nothing could be read: see above")
+        return line("ranks", name, "skipped", "nothing to compare")
     if not differing:
         return line("ranks", name, "ok", f"equal on {len(facts)} rank(s) ({count} compared)")
     status: Status = "fail" if any(map(hard, differing)) else "warn"
