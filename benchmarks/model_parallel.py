@@ -15,32 +15,12 @@ own count. "Passes" is the rest of the peak of forward and backward (activations
 "update" the rest of the update's (ZeRO flattens all gradients once more). Peaks are of steps 2 and on: in the first the
 optimizer makes its state.
 
-Traffic. What a rank sends in a forward and backward is counted where collectives are called and must equal
-`model_bytes`. Its derivation, for r ranks, N tokens of width D and e bytes a number (a ring's all-reduce of x bytes
-sends 2 (r - 1) / r x, an all-gather to x bytes or a reduce-scatter of x bytes half of that; a "sum" is the all-reduce
-of N D e bytes):
-
-- A layer begins with a column-cut product (q, k, v; fc1) twice and ends it with a row-cut one (out_proj; fc2). Forward
-  sums the two outputs, backward the gradients of the two inputs: 2 + 2 sums a modality.
-- Its two sub-LayerNorms are over the cut width: two fp32 numbers a token in forward and two in backward each.
-- The last vision-language layer computes b class tokens alone: its outputs are b tokens, in backward the gradients of
-  the class tokens' queries, of all tokens' keys and values and of fc1's input are summed: N + 2 b.
-- The token table is cut by rows: forward sums the captions' B L tokens; backward needs nothing.
-- Sequence parallel: a gather before and a scatter behind each pair of products are half a sum each, so forward sends
-  the same. Backward scatters inputs' gradients and gathers outputs', and gathers the inputs again instead of keeping
-  them: 2 + 1 sums. What every rank holds whole and applies to its own tokens (2 norms, 2 biases: 6 D numbers) sums its
-  gradients. Each stack gathers its tokens at its end and, in backward, at its beginning, and its final norm has 2 D
-  numbers more. The last layer computes all tokens.
-- Full recomputation repeats a layer's forward without its last collective: nothing behind it is needed for backward
-  (with stochastic depth something is).
-
-N is what runs: B (P + 1) for pictures; of captions on a CPU the real tokens rounded up to 128 where any is padded. With
-sequence parallelism N is rounded up to r.
+Traffic. What a rank sends in a forward and backward is counted where collectives are called and must equal the formula
+of m2_ds/plan/tensor_traffic.py, which says how it is derived.
 """
 
 import dataclasses
 import json
-import math
 import os
 import socket
 import statistics
@@ -48,7 +28,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +36,10 @@ from model_parallel_rank import Count, Counted, Layout, Measured, Precision, Ste
 from tables import machine, publish
 
 from m2_ds.model.config import PRESETS, M2EncoderConfig
+from m2_ds.model.stack import Part
+from m2_ds.plan.layout import Load
+from m2_ds.plan.tensor_traffic import Sent, part_bytes
+from m2_ds.plan.work import Tokens, tokens_of
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -67,85 +50,20 @@ BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 # -- the formula ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Of a modality: samples, tokens that run, and tokens that the token table gives (none: pictures)."""
-
-    samples: int
-    tokens: int
-    table: int
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Bytes that a rank sends, sub-LayerNorms apart."""
-
-    forward: float = 0.0
-    backward: float = 0.0
-    norms_forward: float = 0.0
-    norms_backward: float = 0.0
-
-    def __add__(self, other: "Sent") -> "Sent":
-        return Sent(*(x + y for x, y in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
-
-    @property
-    def norms_share(self) -> float:
-        norms = self.norms_forward + self.norms_backward
-        return norms / (norms + self.forward + self.backward)
-
-
 def rows_of(
     config: M2EncoderConfig, lengths: Sequence[int], sequence_ranks: int = 1, on_cpu: bool = True
-) -> list[Rows]:
+) -> list[Tokens]:
     """Of a picture and a caption for each of ``lengths`` (tokens)."""
-    pairs, longest = len(lengths), max(lengths)
-    captions, multiple = pairs * longest, sequence_ranks
-    if on_cpu and min(lengths) < longest:
-        captions, multiple = sum(lengths), math.lcm(128, sequence_ranks)
-    pictures = pairs * (config.num_patches + 1)
-    return [
-        Rows(pairs, pictures + -pictures % sequence_ranks, 0),
-        Rows(pairs, captions + -captions % multiple, pairs * longest),
-    ]
-
-
-def layer_bytes(
-    tokens: int, width: int, ranks: int, element: int, sequence: bool, full: bool, classes: int | None = None
-) -> Sent:
-    """Of one modality in one layer; ``element`` bytes a number, ``full`` recomputation, ``classes``: those alone."""
-    ring = 2 * (ranks - 1) / ranks
-    if classes is not None and not sequence:
-        total, forward, backward, last = classes, 2 * classes, tokens + 2 * classes, classes
-    else:
-        total, forward, backward, last = tokens, 2 * tokens, (3 if sequence else 2) * tokens, tokens
-    again = forward - (last / 2 if sequence else last) if full else 0.0
-    whole = 6 if sequence else 0
-    norms = ring * 2 * 2 * 4 * total
-    return Sent(
-        ring * forward * width * element,
-        ring * (backward + again + whole) * width * element,
-        norms,
-        norms * (2 if full else 1),
-    )
+    load = Load(1, max(lengths), sum(lengths) / len(lengths))
+    return tokens_of(config, load, len(lengths), on_cpu, sequence_ranks)
 
 
 def model_bytes(
-    config: M2EncoderConfig, rows: Iterable[Rows], ranks: int, precision: Precision, sequence: bool
+    config: M2EncoderConfig, rows: Sequence[Tokens], ranks: int, precision: Precision, sequence: bool
 ) -> Sent:
     """Of a forward and backward of both towers."""
-    width, element, ring = config.hidden_size, BYTES[precision], 2 * (ranks - 1) / ranks
     assert config.recompute != "selective" and config.drop_path == 0
-    full, last = config.recompute == "full", min(config.num_vl_layers, 1)
-    found = Sent()
-    for of in rows:
-        found += Sent(ring * of.table * width * element)
-        for classes, layers in ((None, config.num_layers + config.num_vl_layers - last), (of.samples, last)):
-            for _ in range(layers):
-                found += layer_bytes(of.tokens, width, ranks, element, sequence, full, classes)
-        if sequence:
-            both = 2 * ring / 2 * of.tokens * width * element
-            found += Sent(both, both + 2 * ring * 2 * width * element)
-    return found
+    return part_bytes(config, Part.whole(config), rows, ranks, precision, sequence)
 
 
 def found_bytes(counted: Counted) -> Sent:

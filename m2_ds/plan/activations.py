@@ -108,7 +108,9 @@ class _Shape:
         given = self._residual(of)
         if self.model.recompute == "full":
             return given, whole - given
-        products = self._cut(of.tokens, 3 + self.model.ffn_ratio) + 2 * of.tokens * self.model.hidden_size * self.element
+        products = (
+            self._cut(of.tokens, 3 + self.model.ffn_ratio) + 2 * of.tokens * self.model.hidden_size * self.element
+        )
         if whole < products:  # class tokens alone: keys and values
             products = self._cut(of.tokens, 2)
         return given + products, whole - given

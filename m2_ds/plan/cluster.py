@@ -97,7 +97,9 @@ class Cluster(Settings):
     """Nodes of equal ranks."""
 
     name: str
-    basis: Basis = Field(description="data sheet: makers' numbers times the shares in notes; measured: m2 plan --measure")
+    basis: Basis = Field(
+        description="data sheet: makers' numbers times the shares in notes; measured: m2 plan --measure"
+    )
     device: Literal["gpu", "cpu"]
     nodes: int = Field(1, gt=0)
     ranks_per_node: int = Field(gt=0)
@@ -161,7 +163,7 @@ def load_cluster(name: str) -> Cluster:
         if not path.exists():
             known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
             raise ValueError(
-                f"--cluster {name}: there is no such preset; there are {known}. Give a .yaml file of your own, or measure "
-                "this machine: m2 plan --measure this.yaml"
+                f"--cluster {name}: there is no such preset; there are {known}. Give a .yaml file of your own, or "
+                "measure this machine: m2 plan --measure this.yaml"
             )
     return load_settings(Cluster, path, (), "cluster file")

@@ -5,7 +5,7 @@ It follows what the engine really holds (DeepSpeed 0.19: stage_1_and_2.py, stage
 - weights e bytes a number, whole up to ZeRO 2; under ZeRO 3 a part, and up to `LIVE` numbers gathered while in use;
 - gradients e bytes a number, whole at the end of backward but under ZeRO 2 with k = 1 or ``reduce_once: false``, where
   they are shared out as they are made; then each rank's part (all of them without ZeRO);
-- optimizer: fp32 masters and two moments, 12 bytes a number (8 where the weights are the masters: fp32 at ZeRO 0 and 3);
+- optimizer: fp32 masters and two moments, 12 bytes a number (8 where weights are the masters: fp32 at ZeRO 0 and 3);
 - a bucket in which gradients are reduced, and, with more than one rank, the flat copy of it that is sent;
 - in the update, a flat copy of the gradients and, in bf16, another in fp32.
 

@@ -1,0 +1,72 @@
+"""Seconds of collectives on a cluster's links, for ranks laid out tensor fastest, then data, then pipeline.
+
+Collectives are rings in rank order: each moves a rank's bytes over the slowest of its edges, and every hop costs a
+latency. A node's link carries the bytes of each ring edge that leaves it, and is shared by them.
+"""
+
+from dataclasses import dataclass
+
+from m2_ds.plan.cluster import Cluster, Collective, Link
+from m2_ds.plan.layout import Candidate
+
+# Kinds of traffic: which ranks talk, by which collective, in hops of one ring a message.
+_KINDS: dict[str, tuple[str, Collective]] = {
+    "gradients": ("data", "all_reduce"),
+    "parameters": ("data", "all_gather"),
+    "features": ("contrast", "all_gather"),
+    "ids": ("contrast", "all_gather"),
+    "log-sum-exp": ("contrast", "all_gather"),
+    "shares of the loss": ("tensor", "all_gather"),
+    "tensor parallel": ("tensor", "all_reduce"),
+    "tensor parallel norms": ("tensor", "all_reduce"),
+    "pipeline": ("pipeline", "send"),
+    "batches": ("model", "send"),
+}
+
+
+@dataclass(frozen=True)
+class Ring:
+    """``ranks`` in a ring, ``leaving``: edges that leave a node at once over its link, of all rings; 0: none does."""
+
+    ranks: int
+    leaving: int
+
+
+class Network:
+    """A cluster's links as a candidate's groups use them."""
+
+    def __init__(self, cluster: Cluster, candidate: Candidate) -> None:
+        self.cluster, c = cluster, candidate
+        per_node = cluster.ranks_per_node
+        self.rings = {
+            "tensor": self._contiguous(c.tensor, 1),
+            "data": self._contiguous(c.tensor * c.data, c.tensor),
+            "contrast": self._contiguous(c.tensor * c.group, 1),
+            # Neighbouring stages lie tensor x data ranks apart: all of a node's ranks send at once.
+            "pipeline": Ring(c.pipeline, min(per_node, c.ranks) if c.tensor * c.data >= per_node else 0),
+            "model": Ring(c.tensor * c.pipeline, 1 if c.pipeline > 1 and c.tensor * c.data >= per_node else 0),
+        }
+        self.sequence, self.stage = c.sequence, c.stage
+
+    def _contiguous(self, span: int, rings: int) -> Ring:
+        """``rings`` rings side by side over ``span`` neighbouring ranks."""
+        crosses = span > self.cluster.ranks_per_node
+        return Ring(span // rings, rings if crosses else 0)
+
+    def seconds(self, kind: str, size: float, messages: float) -> float:
+        """Of ``size`` bytes that a rank sends in ``messages`` collectives of a kind."""
+        where, collective = _KINDS[kind]
+        if kind == "gradients" and self.stage == 3:
+            collective = "reduce_scatter"
+        ring = self.rings[where]
+        if ring.ranks == 1 or not size:
+            return 0.0
+        link = self._link(ring)
+        bandwidth = link.bytes_per_s(collective)
+        if ring.leaving:
+            bandwidth = min(bandwidth / ring.leaving, self.cluster.intra.bytes_per_s(collective))
+        hops = {"all_reduce": 2 * (ring.ranks - 1), "send": 1}.get(collective, ring.ranks - 1)
+        return size / bandwidth + messages * hops * link.latency_us * 1e-6
+
+    def _link(self, ring: Ring) -> Link:
+        return self.cluster.inter if ring.leaving else self.cluster.intra

@@ -1,0 +1,150 @@
+"""Seconds of an optimizer step by part, from a rank's work, its traffic and a cluster's speeds.
+
+Every rank works at the speed of its stage, and a pipeline at that of its slowest: p stages and k micro-batches take
+(k + p - 1) times the slowest stage's time in each of the two passes, of which (p - 1) are the bubble. Nothing overlaps
+but what the cluster says of ZeRO 2 and 3. Legend: k micro-batches, p stages.
+"""
+
+from dataclasses import dataclass
+
+from m2_ds.config import RunConfig
+from m2_ds.model.stack import Part
+from m2_ds.plan.cluster import Arithmetic, Cluster
+from m2_ds.plan.layout import Candidate, Load, model_of
+from m2_ds.plan.network import Network
+from m2_ds.plan.traffic import Traffic
+from m2_ds.plan.weights import weights_of
+from m2_ds.plan.work import BYTES, Work, loss_work, part_work, tokens_of
+
+SEPARATE = ("tensor parallel", "tensor parallel norms", "pipeline")  # in the passes, micro-batch by micro-batch
+ACCUMULATION_BYTES = 3  # in units of a gradient: both are read, the sum is written
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds by part; they add up to the step's."""
+
+    parts: dict[str, float]
+    operations: float  # forward and backward of the model, recomputation not counted, of all ranks
+    ranks: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def communication(self) -> float:
+        return sum(s for name, s in self.parts.items() if name.startswith("send "))
+
+    def tflops(self) -> float:
+        """Of a rank."""
+        return self.operations / self.ranks / self.total / 1e12
+
+
+def step_time(
+    config: RunConfig, candidate: Candidate, load: Load, cluster: Cluster, stages: list[Part], traffic: list[Traffic]
+) -> StepTime:
+    """``traffic``: of a rank of each stage."""
+    speeds = cluster.for_precision(config.engine.precision)
+    c, k = candidate, candidate.accumulation
+    model, element, on_cpu = model_of(config, c), BYTES[config.engine.precision], cluster.device == "cpu"
+    of = tokens_of(model, load, c.micro_batch, on_cpu, c.tensor if c.sequence else 1)
+    network = Network(cluster, c)
+    width = model.hidden_size / c.tensor**0.5  # a product cut over r ranks is about as fast as one of this width
+    forward, backward, working, inside = [], [], 0.0, []
+    for part, sent in zip(stages, traffic):
+        work = part_work(model, part, of, element, c.tensor, c.sequence)
+        working += work.operations * c.tensor
+        f, b = _passes(work, speeds, width)
+        if k > 1:
+            trained = weights_of(config, part, c.tensor).trained
+            b += ACCUMULATION_BYTES * trained * element / (speeds.pointwise_backward_gbs * 1e9)
+        forward.append(f)
+        backward.append(b)
+        inside.append(sum(network.seconds(x, sent.sent.get(x, 0), sent.messages.get(x, 0)) for x in SEPARATE) / k)
+    again = {"none": 0.0, "selective": 1.0, "full": 1.0}[c.recompute]
+    slowest = max(range(len(stages)), key=lambda s: forward[s] + backward[s] + inside[s])
+    f, b, wait = forward[slowest], backward[slowest], inside[slowest]
+    # Selective recomputation leaves out products: what is computed again is the rest of a forward.
+    rest = _rest(part_work(model, stages[slowest], of, element, c.tensor, c.sequence), speeds, width)
+    repeated = f if c.recompute == "full" else rest
+    parts: dict[str, float] = {
+        "forward": k * f,
+        "second forward": (k - c.kept) * f,
+        "recomputation": again * k * repeated,
+        "backward": k * b,
+        "send in passes": k * wait,
+    }
+    busy = sum(parts.values())
+    parts["bubble"] = busy * (c.pipeline - 1) / k
+    parts["loss"] = _loss(config, c, load, cluster)
+    trained = [weights_of(config, part, c.tensor).trained for part in stages]
+    parts["update"] = max(_update(n, c, cluster, speeds, element) for n in trained)
+    parts["engine"] = speeds.step_ms / 1e3
+    kinds = {kind for sent in traffic for kind in sent.sent if kind not in SEPARATE}
+    for kind in sorted(kinds):
+        each = [network.seconds(kind, t.sent.get(kind, 0), t.messages.get(kind, 0)) for t in traffic]
+        parts[f"send {kind}"] = max(each)
+    _hide(parts, c, cluster)
+    return StepTime({name: s for name, s in parts.items() if s > 0}, 3 * working * k * c.data, c.ranks)
+
+
+def _passes(work: Work, speeds: Arithmetic, width: float) -> tuple[float, float]:
+    """Seconds of a forward and of a backward of one micro-batch."""
+    forward, backward = speeds.product_tflops(width)
+    return (
+        work.products / forward / 1e12
+        + work.attention / speeds.attention_forward_tflops / 1e12
+        + work.pointwise / speeds.pointwise_forward_gbs / 1e9
+        + work.launches * speeds.layer_forward_us / 1e6,
+        2 * work.products / backward / 1e12
+        + 2 * work.attention / speeds.attention_backward_tflops / 1e12
+        + work.pointwise_backward / speeds.pointwise_backward_gbs / 1e9
+        + work.launches * speeds.layer_backward_us / 1e6,
+    )
+
+
+def _rest(work: Work, speeds: Arithmetic, width: float) -> float:
+    """A forward without its products."""
+    return _passes(Work(0.0, work.attention, work.pointwise, 0.0, work.launches), speeds, width)[0]
+
+
+def _loss(config: RunConfig, c: Candidate, load: Load, cluster: Cluster) -> float:
+    """In fp32, on the last stage; its products are as wide as the embeddings."""
+    levels = sum(w > 0 for w in (config.loss.unimodal_weight, config.loss.vl_weight))
+    own = c.accumulation * -(-c.micro_batch // c.tensor)
+    alone = c.group * c.tensor == 1
+    operations, moved = loss_work(config.model, own, c.contrastive_batch, load.captions, levels, alone)
+    speeds = cluster.arithmetic.get("fp32") or cluster.for_precision(config.engine.precision)
+    products = speeds.product_tflops(config.model.embed_dim)[0]
+    return operations / products / 1e12 + moved / speeds.pointwise_forward_gbs / 1e9
+
+
+def _update(trained: int, c: Candidate, cluster: Cluster, speeds: Arithmetic, element: int) -> float:
+    """Of the numbers that a rank updates; offloaded, on the host, behind the bus."""
+    own = trained / (c.data if c.stage else 1)
+    if c.offload == "none":
+        return own * speeds.update_ns / 1e9
+    host = cluster.host
+    assert host is not None
+    ranks = min(cluster.ranks_per_node, c.ranks)
+    moved = own * 2 * element / host.to_device_gbs / 1e9
+    if c.offload == "everything":  # weights come for every pass
+        moved += (2 * c.accumulation - c.kept + c.accumulation) * own * element / host.to_device_gbs / 1e9
+    return moved + own * 60 * ranks / host.bandwidth_gbs / 1e9
+
+
+def _hide(parts: dict[str, float], c: Candidate, cluster: Cluster) -> None:
+    """Take from ZeRO 2 and 3's collectives what goes on behind backward passes, where gradients are summed there."""
+    if c.stage < 2 or not cluster.overlap:
+        return
+    behind = 1 if c.reduce_once else c.accumulation
+    room = cluster.overlap * parts["backward"] * behind / c.accumulation
+    if c.stage == 3:
+        room += cluster.overlap * (parts["forward"] + parts["second forward"])
+    kinds = ["send gradients"] if c.accumulation == 1 or not c.reduce_once else []
+    for name in [*kinds, *(["send parameters"] if c.stage == 3 else [])]:
+        hidden = min(room, parts.get(name, 0.0))
+        if hidden:
+            parts[name] -= hidden
+            room -= hidden
