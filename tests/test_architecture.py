@@ -37,6 +37,8 @@ FLOORS: dict[str, int] = {
 ALONG_A_FLOOR = {("config", "evaluation"), ("api", "convert")}
 # A preparation scores pairs by a model that it opens as any user does.
 ALONG_A_FLOOR |= {("prepare", "api")}
+# A plan asks the engine how it cuts a pipeline, which weights it trains and what it would refuse.
+ALONG_A_FLOOR |= {("plan", "engine")}
 ALONG_A_FLOOR |= {("cli", "train"), ("cli", "launch"), ("cli", "quickstart")}
 ALONG_A_FLOOR |= {("quickstart", "launch"), ("commands", "launch"), ("commands", "evaluate"), ("doctor", "launch")}
 # Down, but not meant: a model file holds mathematics, and so does a loss.

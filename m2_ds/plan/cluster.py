@@ -13,7 +13,7 @@ from m2_ds.schema import Settings, load_settings
 
 PRESETS = Path(__file__).resolve().parents[2] / "ds_configs" / "clusters"
 Basis = Literal["data sheet", "measured"]
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+Collective = Literal["all_reduce", "all_reduce_bf16", "all_gather", "reduce_scatter", "send"]
 
 
 class Rate(Settings):
@@ -36,8 +36,10 @@ class Arithmetic(Settings):
     pointwise_backward_gbs: float = Field(gt=0)
     layer_forward_us: float = Field(0.0, ge=0, description="of a layer and modality, whatever its size: dispatch")
     layer_backward_us: float = Field(0.0, ge=0)
-    update_ns: float = Field(gt=0, description="of a trained parameter: gradient copies, norm, AdamW, new weight")
+    gradient_ns: float = Field(gt=0, description="of a trained parameter: its gradient to the bucket and out of it")
+    update_ns: float = Field(gt=0, description="of a parameter that a rank updates: norm, copies, AdamW, new weight")
     step_ms: float = Field(0.0, ge=0, description="of a step, whatever its size: Python of engine and loss")
+    tensor_us: float = Field(0.0, ge=0, description="of a trained tensor and step: the engine's loops over them")
 
     @model_validator(mode="after")
     def _by_width(self) -> Self:
@@ -67,14 +69,17 @@ class Arithmetic(Settings):
 
 
 class Link(Settings):
-    """What joins ranks. ``shares`` of the bandwidth are what a collective reaches where it is not all of it."""
+    """What joins ranks. ``shares`` of the bandwidth are what a collective reaches where it is not all of it.
+
+    An all-reduce of bf16 has a share of its own where sums are as dear as sending (gloo)."""
 
     bandwidth_gbs: float = Field(gt=0, description="between ranks of a node: of a rank; between nodes: of a node")
     latency_us: float = Field(ge=0, description="of one hop of a ring")
     shares: dict[Collective, float] = Field(default_factory=dict, description="by collective; 1 where not named")
 
     def bytes_per_s(self, collective: Collective) -> float:
-        return self.bandwidth_gbs * 1e9 * self.shares.get(collective, 1.0)
+        plain = collective if collective in self.shares else collective.removesuffix("_bf16")
+        return self.bandwidth_gbs * 1e9 * next((s for name, s in self.shares.items() if name == plain), 1.0)
 
 
 class Host(Settings):

@@ -112,6 +112,8 @@ class Candidate:
             "sequence_parallel": self.sequence,
             "contrast_group": {"size": self.group},
         }
+        if len(parallel.get("pipeline_layers") or []) != self.pipeline:
+            parallel.pop("pipeline_layers", None)
         engine = {
             **base.get("engine", {}),
             "deepspeed": str(DS_CONFIGS / f"{self.zero}.json"),

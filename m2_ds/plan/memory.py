@@ -49,13 +49,17 @@ class Memory:
         return sum(self.at_peak.values())
 
 
-def stage_parts(config: RunConfig, pipeline: int, sizes: list[int] | None = None) -> list[Part]:
-    """The part of the model on each stage, cut as the engine cuts it."""
+def stage_parts(config: RunConfig, pipeline: int) -> list[Part]:
+    """The part of the model on each stage, cut as the engine cuts it; the recipe's own stages where it has as many."""
     if pipeline == 1:
         return [Part.whole(config.model)]
-    from m2_ds.engine.pipeline import stage_sizes
+    from m2_ds.engine.pipeline import stage_sizes  # imports DeepSpeed, seconds
 
-    return parts(config.model, sizes or stage_sizes(config, pipeline))
+    asked = config.parallel.pipeline_layers
+    if asked is not None and len(asked) != pipeline:
+        parallel = config.parallel.model_copy(update={"pipeline_layers": None})
+        config = config.model_copy(update={"parallel": parallel})
+    return parts(config.model, stage_sizes(config, pipeline))
 
 
 def memory_of(config: RunConfig, candidate: Candidate, load: Load, on_cpu: bool, stages: list[Part]) -> list[Memory]:
@@ -140,6 +144,8 @@ def _of_stage(
     buckets = 0.0
     if candidate.stage == 3:
         buckets = held.buckets() + held.sent
+    elif candidate.stage == 2 and not held.on_cpu:
+        buckets = held.buckets(2 if candidate.zero in OVERLAPPING else 1)
     # At the start of the first backward pass: everything that was kept, no gradients.
     activations = graphs * graph.kept + graph.working
     moments.append({"activations": activations, "gradients": standing, "buffers": buckets, **live})

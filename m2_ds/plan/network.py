@@ -4,9 +4,10 @@ Collectives are rings in rank order: each moves a rank's bytes over the slowest 
 latency. A node's link carries the bytes of each ring edge that leaves it, and is shared by them.
 """
 
+import math
 from dataclasses import dataclass
 
-from m2_ds.plan.cluster import Cluster, Collective, Link
+from m2_ds.plan.cluster import Cluster, Collective
 from m2_ds.plan.layout import Candidate
 
 # Kinds of traffic: which ranks talk, by which collective, in hops of one ring a message.
@@ -35,8 +36,8 @@ class Ring:
 class Network:
     """A cluster's links as a candidate's groups use them."""
 
-    def __init__(self, cluster: Cluster, candidate: Candidate) -> None:
-        self.cluster, c = cluster, candidate
+    def __init__(self, cluster: Cluster, candidate: Candidate, precision: str) -> None:
+        self.cluster, c, self.precision = cluster, candidate, precision
         per_node = cluster.ranks_per_node
         self.rings = {
             "tensor": self._contiguous(c.tensor, 1),
@@ -46,7 +47,7 @@ class Network:
             "pipeline": Ring(c.pipeline, min(per_node, c.ranks) if c.tensor * c.data >= per_node else 0),
             "model": Ring(c.tensor * c.pipeline, 1 if c.pipeline > 1 and c.tensor * c.data >= per_node else 0),
         }
-        self.sequence, self.stage = c.sequence, c.stage
+        self.stage = c.stage
 
     def _contiguous(self, span: int, rings: int) -> Ring:
         """``rings`` rings side by side over ``span`` neighbouring ranks."""
@@ -58,15 +59,26 @@ class Network:
         where, collective = _KINDS[kind]
         if kind == "gradients" and self.stage == 3:
             collective = "reduce_scatter"
+        elif collective == "all_reduce" and self.precision == "bf16" and kind != "tensor parallel norms":
+            collective = "all_reduce_bf16"
         ring = self.rings[where]
         if ring.ranks == 1 or not size:
             return 0.0
-        link = self._link(ring)
-        bandwidth = link.bytes_per_s(collective)
+        intra, inter = self.cluster.intra, self.cluster.inter
+        bandwidth = intra.bytes_per_s(collective)
         if ring.leaving:
-            bandwidth = min(bandwidth / ring.leaving, self.cluster.intra.bytes_per_s(collective))
-        hops = {"all_reduce": 2 * (ring.ranks - 1), "send": 1}.get(collective, ring.ranks - 1)
-        return size / bandwidth + messages * hops * link.latency_us * 1e-6
+            bandwidth = min(inter.bytes_per_s(collective) / ring.leaving, bandwidth)
+        return size / bandwidth + messages * self._latency(ring, collective)
 
-    def _link(self, ring: Ring) -> Link:
-        return self.cluster.inter if ring.leaving else self.cluster.intra
+    def _latency(self, ring: Ring, collective: Collective) -> float:
+        """Seconds of a message's hops. All-reduces between GPUs' nodes go by trees (NCCL), everything else by rings."""
+        if collective == "send":
+            return (self.cluster.inter if ring.leaving else self.cluster.intra).latency_us / 1e6
+        nodes = 1 if not ring.leaving else -(-ring.ranks * ring.leaving // self.cluster.ranks_per_node)
+        reduces = collective.startswith("all_reduce")
+        between = 0 if nodes == 1 else nodes
+        within = ring.ranks - (nodes if nodes > 1 else 1)
+        if reduces and nodes > 1 and self.cluster.device == "gpu":
+            between, within = math.ceil(math.log2(nodes)), -(-ring.ranks // nodes) - 1
+        once = within * self.cluster.intra.latency_us + between * self.cluster.inter.latency_us
+        return once * (2 if reduces else 1) / 1e6

@@ -5,7 +5,7 @@ its start: RunConfig, the engine's own refusals, contrast groups over the cluste
 is kept with what it lacks, to say why it is not among the proposals.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from m2_ds.plan.traffic import Traffic, traffic_of
 
 MOST_STAGES = 16
 MOST_MICRO_BATCH = 4096
+TIE = 0.03  # of the step: predictions are no better than to tell less apart
 POLICIES: tuple[RecomputePolicy, ...] = ("none", "selective", "full")
 
 
@@ -59,8 +60,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """``fitting``: best first, all checked; ``refused``: candidates that fit and that the trainer would not take;
-    ``too_large``: those that do not fit, the fastest of each layout. ``looked_at``: how many there were."""
+    """``fitting``: best first, of each (tensor, pipeline, ZeRO) its best, all checked; ``refused``: candidates that fit
+    and that the trainer would not take; ``too_large``: those that do not fit, the fastest of each layout;
+    ``looked_at``: how many there were."""
 
     fitting: list[Prediction]
     too_large: list[Prediction]
@@ -79,7 +81,7 @@ class Planner:
 
     def stages(self, pipeline: int) -> list[Part]:
         if pipeline not in self._stages:
-            self._stages[pipeline] = stage_parts(self.config, pipeline, self.config.parallel.pipeline_layers)
+            self._stages[pipeline] = stage_parts(self.config, pipeline)
         return self._stages[pipeline]
 
     def predict(self, candidate: Candidate, exactly: bool = False) -> Prediction:
@@ -95,7 +97,7 @@ class Planner:
         return Prediction(candidate, memory, traffic, seconds, (cluster.memory_gb - cluster.reserve_gb) * 1e9, host)
 
     def search(self, global_batch: int, contrastive_batch: int, wanted: int = 10) -> Plan:
-        """The ``wanted`` fastest. ``contrastive_batch``: least pairs that each pair is compared with.
+        """The ``wanted`` fastest, of each layout the best. ``contrastive_batch``: least pairs compared with each other.
 
         Raises ValueError where nothing divides.
         """
@@ -108,7 +110,7 @@ class Planner:
         found.sort(key=lambda p: p.time.total)
         fitting: list[Prediction] = []
         refused: list[tuple[Candidate, str]] = []
-        for prediction in (p for p in found if p.fits):
+        for prediction in _best_of_layouts(_simplest_first([p for p in found if p.fits])):
             if len(fitting) == wanted:
                 break
             try:
@@ -117,7 +119,7 @@ class Planner:
                 refused.append((prediction.candidate, str(error)))
             else:
                 fitting.append(prediction)
-        return Plan(fitting, _fastest_of_layouts(p for p in found if not p.fits), refused, len(found))
+        return Plan(fitting, _best_of_layouts(p for p in found if not p.fits), refused, len(found))
 
     def candidates(self, global_batch: int, contrastive_batch: int) -> Iterator[Candidate]:
         cluster, model = self.cluster, self.config.model
@@ -184,13 +186,28 @@ def _refuse(config: RunConfig) -> None:
         raise ValueError("engine.fp8 is set: the planner knows fp32 and bf16; leave it out")
 
 
-def _fastest_of_layouts(predictions: Iterator[Prediction]) -> list[Prediction]:
-    """The first of each (tensor, pipeline, zero, recompute) in the order given."""
+def _simplest_first(predictions: list[Prediction]) -> list[Prediction]:
+    """Of those that are as fast as the fastest within `TIE`, simpler ones first; the others stay in order of time."""
+    if not predictions:
+        return []
+    limit = predictions[0].time.total * (1 + TIE)
+    tied = [p for p in predictions if p.time.total <= limit]
+    return [*sorted(tied, key=_effort), *predictions[len(tied) :]]
+
+
+def _effort(prediction: Prediction) -> tuple[object, ...]:
+    c = prediction.candidate
+    return c.offload != "none", c.stage, c.tensor * c.pipeline, c.sequence, not c.reduce_once, prediction.time.total
+
+
+def _best_of_layouts(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """The first of each (tensor, pipeline, zero) in the order given; offload where nothing fits without it only."""
     seen: dict[tuple[object, ...], Prediction] = {}
     for p in predictions:
         c = p.candidate
-        seen.setdefault((c.tensor, c.pipeline, c.zero, c.recompute), p)
-    return list(seen.values())
+        seen.setdefault((c.tensor, c.pipeline, c.zero), p)
+    plain = {(t, s, ZERO[str(z)][0]) for t, s, z in seen if ZERO[str(z)][1] == "none"}
+    return [p for (t, s, z), p in seen.items() if ZERO[str(z)][1] == "none" or (t, s, ZERO[str(z)][0]) not in plain]
 
 
 def _divisors(n: int) -> list[int]:

@@ -17,6 +17,7 @@ from m2_ds.plan.weights import weights_of
 from m2_ds.plan.work import BYTES, Work, loss_work, part_work, tokens_of
 
 SEPARATE = ("tensor parallel", "tensor parallel norms", "pipeline")  # in the passes, micro-batch by micro-batch
+HOST_BYTES = 60  # that an update on the host reads and writes, a parameter
 ACCUMULATION_BYTES = 3  # in units of a gradient: both are read, the sum is written
 
 
@@ -49,7 +50,7 @@ def step_time(
     c, k = candidate, candidate.accumulation
     model, element, on_cpu = model_of(config, c), BYTES[config.engine.precision], cluster.device == "cpu"
     of = tokens_of(model, load, c.micro_batch, on_cpu, c.tensor if c.sequence else 1)
-    network = Network(cluster, c)
+    network = Network(cluster, c, config.engine.precision)
     width = model.hidden_size / c.tensor**0.5  # a product cut over r ranks is about as fast as one of this width
     forward, backward, working, inside = [], [], 0.0, []
     for part, sent in zip(stages, traffic):
@@ -78,9 +79,9 @@ def step_time(
     busy = sum(parts.values())
     parts["bubble"] = busy * (c.pipeline - 1) / k
     parts["loss"] = _loss(config, c, load, cluster)
-    trained = [weights_of(config, part, c.tensor).trained for part in stages]
-    parts["update"] = max(_update(n, c, cluster, speeds, element) for n in trained)
-    parts["engine"] = speeds.step_ms / 1e3
+    numbers = [weights_of(config, part, c.tensor) for part in stages]
+    parts["update"] = max(_update(n.trained, c, cluster, speeds, element) for n in numbers)
+    parts["engine"] = speeds.step_ms / 1e3 + max(n.tensors for n in numbers) * speeds.tensor_us / 1e6
     kinds = {kind for sent in traffic for kind in sent.sent if kind not in SEPARATE}
     for kind in sorted(kinds):
         each = [network.seconds(kind, t.sent.get(kind, 0), t.messages.get(kind, 0)) for t in traffic]
@@ -121,17 +122,19 @@ def _loss(config: RunConfig, c: Candidate, load: Load, cluster: Cluster) -> floa
 
 
 def _update(trained: int, c: Candidate, cluster: Cluster, speeds: Arithmetic, element: int) -> float:
-    """Of the numbers that a rank updates; offloaded, on the host, behind the bus."""
+    """Gradients through the bucket, and the numbers that a rank updates; offloaded, on the host, behind the bus."""
     own = trained / (c.data if c.stage else 1)
+    times = c.accumulation if c.stage >= 2 and not c.reduce_once else 1
+    gradients = times * trained * speeds.gradient_ns / 1e9
     if c.offload == "none":
-        return own * speeds.update_ns / 1e9
+        return gradients + own * speeds.update_ns / 1e9
     host = cluster.host
     assert host is not None
     ranks = min(cluster.ranks_per_node, c.ranks)
     moved = own * 2 * element / host.to_device_gbs / 1e9
     if c.offload == "everything":  # weights come for every pass
         moved += (2 * c.accumulation - c.kept + c.accumulation) * own * element / host.to_device_gbs / 1e9
-    return moved + own * 60 * ranks / host.bandwidth_gbs / 1e9
+    return gradients + moved + own * HOST_BYTES * ranks / host.bandwidth_gbs / 1e9
 
 
 def _hide(parts: dict[str, float], c: Candidate, cluster: Cluster) -> None:

@@ -1,0 +1,176 @@
+"""What one rank of ``m2 plan --measure`` times, while all ranks do the same: layers, products, updates, collectives.
+
+Legend: N tokens, D width, T tokens of a sequence.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from m2_ds.model.config import M2EncoderConfig
+from m2_ds.model.layers import WHOLE
+from m2_ds.model.multiway import ALL_A, MultiwayLayer, attend
+from m2_ds.parallel.collectives import all_gather_rows, all_reduce_sum, barrier, receive, reduce_scatter_rows, send
+from m2_ds.parallel.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WIDTHS = (192, 384, 768)
+SAMPLES, LENGTH, DEPTH = 24, 50, 3
+HEAD = 64
+LARGE, SMALL = 4_000_000, 256  # numbers of a message
+UPDATED = 12_000_000
+
+
+@dataclass
+class Timed:
+    """Median seconds of a forward and of a backward."""
+
+    forward: float
+    backward: float
+
+
+class Rank:
+    """Times on this rank, in step with the others."""
+
+    def __init__(self, mesh: Mesh, budget_s: float) -> None:
+        self.mesh, self.budget_s = mesh, budget_s
+
+    def work(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for precision, dtype in DTYPES.items():
+            found[precision] = {
+                "layers": {width: vars(self.layers(width, SAMPLES, LENGTH, dtype)) for width in WIDTHS},
+                "products": {width: vars(self.products(width, SAMPLES * LENGTH, dtype)) for width in WIDTHS},
+                "attention": vars(self.attention(WIDTHS[-1], dtype)),
+                "dispatch": vars(self.layers(HEAD, 2, 2, dtype)),
+                **self.update(dtype),
+            }
+        if self.mesh.world_size > 1:
+            found["collectives"] = {str(size): self.collectives(size) for size in (SMALL, LARGE)}
+        return found
+
+    def repeated(self, call: Callable[[], Timed]) -> Timed:
+        """Medians of as many calls as the time allows; all ranks make as many."""
+        call()
+        barrier(self.mesh.world)
+        started = time.perf_counter()
+        call()
+        once = torch.tensor([time.perf_counter() - started])
+        longest = float(all_reduce_sum(once, self.mesh.world, "control")) / self.mesh.world_size
+        count = max(3, min(200, int(self.budget_s / max(longest, 1e-6))))
+        barrier(self.mesh.world)
+        times = [call() for _ in range(count)]
+        return Timed(*(statistics.median(getattr(t, side) for t in times) for side in ("forward", "backward")))
+
+    def layers(self, width: int, samples: int, length: int, dtype: torch.dtype) -> Timed:
+        """Of one of `DEPTH` layers run one after another, so that memory is used as a model uses it."""
+        config = M2EncoderConfig(hidden_size=width, num_heads=width // HEAD, num_layers=DEPTH)
+        stack = nn.ModuleList(MultiwayLayer(config, WHOLE, i) for i in range(DEPTH)).to(dtype)
+        x = torch.randn(samples, length, width).to(dtype).requires_grad_()
+
+        def once() -> Timed:
+            stack.zero_grad()
+            started = time.perf_counter()
+            y = x
+            for layer in stack:
+                y = layer(y, ALL_A)
+            middle = time.perf_counter()
+            y.backward(torch.ones_like(y))
+            return Timed((middle - started) / DEPTH, (time.perf_counter() - middle) / DEPTH)
+
+        return self.repeated(once)
+
+    def products(self, width: int, tokens: int, dtype: torch.dtype) -> Timed:
+        """The four products of a layer, with what they need of gradients."""
+        shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+        weights = [torch.randn(out, into).mul_(0.01).to(dtype).requires_grad_() for into, out in shapes]
+        inputs = [torch.randn(tokens, into).to(dtype).requires_grad_() for into, _ in shapes]
+
+        def once() -> Timed:
+            started = time.perf_counter()
+            outputs = [F.linear(x, w) for x, w in zip(inputs, weights)]
+            middle = time.perf_counter()
+            torch.autograd.grad(outputs, [*inputs, *weights], outputs)
+            return Timed(middle - started, time.perf_counter() - middle)
+
+        return self.repeated(once)
+
+    def attention(self, width: int, dtype: torch.dtype) -> Timed:
+        shape = (SAMPLES, width // HEAD, LENGTH, HEAD)
+        q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+
+        def once() -> Timed:
+            started = time.perf_counter()
+            out = attend(q, k, v, None)
+            middle = time.perf_counter()
+            torch.autograd.grad(out, [q, k, v], out)
+            return Timed(middle - started, time.perf_counter() - middle)
+
+        return self.repeated(once)
+
+    def update(self, dtype: torch.dtype) -> dict[str, float]:
+        """Seconds a parameter of what ZeRO 1 does with a gradient: into a bucket and out of it; norm in fp64, flat and
+        widened copies, clipping, AdamW, the new weight."""
+        gradient = torch.randn(UPDATED).to(dtype)
+        weight = torch.zeros(UPDATED, dtype=dtype)
+        master = nn.Parameter(torch.zeros(UPDATED))
+        optimizer = torch.optim.AdamW([master], fused=True)
+
+        def once() -> Timed:
+            started = time.perf_counter()
+            bucket = torch.empty(UPDATED, dtype=dtype)
+            bucket.copy_(gradient)
+            bucket.div_(2)
+            part = torch.empty(UPDATED, dtype=dtype)
+            part.copy_(bucket)
+            middle = time.perf_counter()
+            part.double().norm(2)
+            flat = torch.cat([part[: UPDATED // 2], part[UPDATED // 2 :]])
+            master.grad = flat.float()
+            master.grad.mul_(0.5)
+            optimizer.step()
+            master.grad = None
+            weight.copy_(master.data)
+            return Timed(middle - started, time.perf_counter() - middle)
+
+        timed = self.repeated(once)
+        return {"gradient_s": timed.forward / UPDATED, "update_s": timed.backward / UPDATED}
+
+    def collectives(self, size: int) -> dict[str, float]:
+        """Seconds of each collective of ``size`` fp32 numbers (of bf16 as many bytes), on all ranks."""
+        world = self.mesh.world
+        x, half = torch.ones(size), torch.ones(2 * size, dtype=torch.bfloat16)
+        rows = torch.ones(world.size * (size // world.size), 1)
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda: all_reduce_sum(x, world, "control"),
+            "all_reduce_bf16": lambda: all_reduce_sum(half, world, "control"),
+            "all_gather": lambda: all_gather_rows(x, world, "control"),
+            "reduce_scatter": lambda: reduce_scatter_rows(rows, world, "control"),
+            "send": lambda: self._pass_on(x),
+        }
+        return {name: self.repeated(lambda call=call: _whole(call)).forward for name, call in calls.items()}  # type: ignore[misc]
+
+    def _pass_on(self, x: Tensor) -> None:
+        """From every even rank to the next, and back: two messages, of which one is timed as half."""
+        world = self.mesh.world
+        other = world.rank ^ 1
+        if other >= world.size:
+            return
+        if world.rank % 2 == 0:
+            send(x, other, world, "control")
+            receive(x, other, world, "control")
+        else:
+            receive(x, other, world, "control")
+            send(x, other, world, "control")
+
+
+def _whole(call: Callable[[], object]) -> Timed:
+    started = time.perf_counter()
+    call()
+    return Timed(time.perf_counter() - started, 0.0)
