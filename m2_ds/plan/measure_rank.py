@@ -3,7 +3,10 @@
 Legend: N tokens, D width, T tokens of a sequence.
 """
 
+import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from m2_ds.config import RunConfig
+from m2_ds.engine.setup import quiet
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.layers import WHOLE
 from m2_ds.model.multiway import ALL_A, MultiwayLayer, attend
+from m2_ds.model.stack import Part
 from m2_ds.parallel.collectives import all_gather_rows, all_reduce_sum, barrier, receive, reduce_scatter_rows, send
 from m2_ds.parallel.mesh import Mesh
+from m2_ds.plan.layout import Candidate, Load
+from m2_ds.plan.memory import memory_of, stage_parts
+from m2_ds.plan.trial import ResidentPeak, Trial, trial_tree
+from m2_ds.plan.weights import weights_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTHS = (192, 384, 768)
@@ -174,3 +184,59 @@ def _whole(call: Callable[[], object]) -> Timed:
     started = time.perf_counter()
     call()
     return Timed(time.perf_counter() - started, 0.0)
+
+
+# -- steps of a real engine ------------------------------------------------------------------------------------------
+
+_TINY = {"preset": "test", "hidden_size": HEAD, "num_heads": 1, "embed_dim": 32}
+_RESERVE = {**_TINY, "hidden_size": 512, "num_heads": 8, "image_size": 64, "vocab_size": 8000}
+
+
+def overheads(mesh: Mesh, precision: str, steps: int) -> list[dict[str, float]]:
+    """Seconds of a step of two very small models, in which next to nothing is computed."""
+    found = []
+    for layers in (1, 7):
+        config = RunConfig.model_validate(
+            trial_tree({**_TINY, "num_layers": layers}, "zero1", 2 * mesh.world_size, 2, precision)
+        )
+        trial = Trial(config, mesh, (6, 7))
+        seconds = trial.median(steps)
+        trial.close()
+        numbers = weights_of(config, Part.whole(config.model), 1)
+        found.append({"layers": layers + 1, "tensors": numbers.tensors, "seconds": seconds})
+    return found
+
+
+def reserve(mesh: Mesh) -> int:
+    """Bytes that a process takes beside what the formula counts, of one model, behind a first one that is small."""
+    found = 0.0
+    for model in (_TINY, _RESERVE):
+        config = RunConfig.model_validate(trial_tree(model, "zero1", 16, 8, "fp32"))
+        peak = ResidentPeak()
+        peak.forget()
+        trial = Trial(config, mesh, (6, 17))
+        trial.run(3)
+        found = peak.peak()
+        trial.close()
+        candidate = Candidate.of(config, 1)
+        predicted = memory_of(config, candidate, Load(1, 16, 11.5), True, stage_parts(config, 1))[0].peak
+    return int(found - predicted)
+
+
+def main(what: str, budget_s: float) -> None:
+    quiet()
+    mesh = Mesh.start()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if what == "reserve":
+        answer: dict[str, Any] = {"bytes": reserve(mesh)}
+    else:
+        answer = Rank(mesh, budget_s).work()
+        for precision in DTYPES:
+            answer[precision]["steps"] = overheads(mesh, precision, max(3, int(20 * budget_s)))
+    if mesh.is_first:
+        print(json.dumps(answer), flush=True)
+    mesh.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]))

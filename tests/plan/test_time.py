@@ -1,0 +1,130 @@
+"""Seconds of a step from speeds that are easy to divide by, and collectives on links by hand."""
+
+from typing import Any
+
+import pytest
+
+from m2_ds.config import RunConfig
+from m2_ds.plan.cluster import Arithmetic, Cluster, load_cluster
+from m2_ds.plan.layout import Candidate, Load
+from m2_ds.plan.memory import stage_parts
+from m2_ds.plan.network import Network
+from m2_ds.plan.time import StepTime, step_time
+from m2_ds.plan.traffic import traffic_of
+from m2_ds.plan.trial import trial_tree
+
+FREE = 1e15  # so fast that it takes no time
+MODEL = {"preset": "test", "num_layers": 6, "num_vl_layers": 2}
+
+
+def cluster(**changes: Any) -> Cluster:
+    speeds = {
+        "products": [{"width": 32, "forward_tflops": 1e-3, "backward_tflops": 2e-3}],
+        "attention_forward_tflops": FREE, "attention_backward_tflops": FREE, "pointwise_forward_gbs": FREE,
+        "pointwise_backward_gbs": FREE, "gradient_ns": 1e-9, "update_ns": 1e-9,
+    }  # fmt: skip
+    link = {"bandwidth_gbs": FREE, "latency_us": 0}
+    tree: dict[str, Any] = {
+        "name": "made up", "basis": "data sheet", "device": "gpu", "nodes": 2, "ranks_per_node": 4, "memory_gb": 80,
+        "reserve_gb": 0, "arithmetic": {"fp32": speeds, "bf16": speeds}, "intra": link, "inter": link,
+    }  # fmt: skip
+    arithmetic = {name: {**speeds, **changes.pop("speeds", {})} for name in ("fp32", "bf16")}
+    return Cluster.model_validate({**tree, "arithmetic": arithmetic, **changes})
+
+
+def seconds(candidate: Candidate, there: Cluster, tree: dict[str, Any] | None = None) -> StepTime:
+    config = RunConfig.model_validate(tree or trial_tree(MODEL, "zero1", 64, 8, "fp32"))
+    load, stages = Load.of(config), stage_parts(config, candidate.pipeline)
+    traffic = [traffic_of(config, candidate, load, False, stages, stage) for stage in range(len(stages))]
+    return step_time(config, candidate, load, there, stages, traffic)
+
+
+def candidate(**changes: Any) -> Candidate:
+    base = {
+        "tensor": 1, "pipeline": 1, "data": 8, "zero": "zero1", "group": 1, "micro_batch": 4, "accumulation": 4,
+        "recompute": "none",
+    }  # fmt: skip
+    return Candidate(**{**base, **changes})
+
+
+def test_passes_are_counted_by_what_is_kept() -> None:
+    whole = seconds(candidate(), cluster()).parts
+    assert whole["second forward"] == pytest.approx(whole["forward"] * 3 / 4)
+    assert whole["backward"] == pytest.approx(whole["forward"], rel=0.02)  # twice the work at twice the speed
+    kept = seconds(candidate(kept_graphs=4), cluster()).parts
+    assert "second forward" not in kept
+    again = seconds(candidate(recompute="full"), cluster()).parts
+    assert again["recomputation"] == pytest.approx(whole["forward"])
+
+
+def test_a_pipeline_waits_for_its_slowest_stage() -> None:
+    parts = seconds(candidate(pipeline=2, data=4), cluster()).parts
+    busy = sum(parts[name] for name in ("forward", "second forward", "backward"))
+    assert parts["bubble"] == pytest.approx(busy / 4)  # (p - 1) / k
+    assert parts["second forward"] == parts["forward"]  # no graph is kept
+    alone = seconds(candidate(data=4), cluster()).parts
+    assert 0.5 * alone["forward"] < parts["forward"] < 0.7 * alone["forward"]
+
+
+def test_mfu_counts_the_models_own_operations() -> None:
+    whole, again = seconds(candidate(), cluster()), seconds(candidate(recompute="full"), cluster())
+    assert whole.operations == again.operations
+    assert again.tflops() < whole.tflops()
+
+
+def ring(there: Cluster, kind: str, size: float, messages: float = 1, precision: str = "fp32", **changes: Any) -> float:
+    return Network(there, candidate(**changes), precision).seconds(kind, size, messages)
+
+
+def test_collectives_share_the_links_that_leave_a_node() -> None:
+    link = {"bandwidth_gbs": 10, "latency_us": 0}
+    there = cluster(intra={"bandwidth_gbs": 100, "latency_us": 0}, inter=link)
+    assert ring(there, "gradients", 1e9, data=4) == pytest.approx(0.01)  # inside a node
+    assert ring(there, "gradients", 1e9) == pytest.approx(0.1)
+    # Four tensor-parallel ranks have four rings that leave each node.
+    assert ring(there, "gradients", 1e9, tensor=4, data=2) == pytest.approx(0.4)
+    assert ring(there, "tensor parallel", 1e9, tensor=4, data=2) == pytest.approx(0.01)
+    assert ring(there, "features", 1e9, group=4) == pytest.approx(0.01)
+    assert ring(there, "features", 1e9, group=8) == pytest.approx(0.1)
+    assert ring(there, "pipeline", 1e9, pipeline=2, data=4) == pytest.approx(0.4)
+    assert ring(there, "pipeline", 1e9, pipeline=2, data=2) == pytest.approx(0.01)
+    assert ring(there, "features", 1e9, group=1) == 0
+
+
+def test_hops_cost_latency() -> None:
+    there = cluster(
+        nodes=4, intra={"bandwidth_gbs": FREE, "latency_us": 1}, inter={"bandwidth_gbs": FREE, "latency_us": 10}
+    )
+    assert ring(there, "features", 1, data=16, group=4) == pytest.approx(3e-6)
+    assert ring(there, "features", 1, data=16, group=16) == pytest.approx((12 + 40) * 1e-6)
+    assert ring(there, "gradients", 1, data=16) == pytest.approx(2 * (3 + 20) * 1e-6)  # a tree over four nodes
+    on_cpu = there.model_copy(update={"device": "cpu"})
+    assert ring(on_cpu, "gradients", 1, messages=2, data=16) == pytest.approx(2 * 2 * (12 + 40) * 1e-6)
+
+
+def test_sums_of_bf16_have_a_speed_of_their_own() -> None:
+    there = cluster(intra={"bandwidth_gbs": 10, "latency_us": 0, "shares": {"all_reduce": 1, "all_reduce_bf16": 0.25}})
+    assert ring(there, "gradients", 1e9, data=4) == pytest.approx(0.1)
+    assert ring(there, "gradients", 1e9, precision="bf16", data=4) == pytest.approx(0.4)
+    plain = cluster(intra={"bandwidth_gbs": 10, "latency_us": 0, "shares": {"all_reduce": 0.5}})
+    assert ring(plain, "gradients", 1e9, precision="bf16", data=4) == pytest.approx(0.2)
+
+
+def test_what_hides_behind_backward_is_bounded() -> None:
+    slow = {"bandwidth_gbs": 1e-3, "latency_us": 0}
+    there = cluster(intra=slow, inter=slow, overlap=0.5)
+    shown = seconds(candidate(zero="zero1", accumulation=1), there).parts
+    hidden = seconds(candidate(zero="zero2", accumulation=1), there).parts
+    assert shown["send gradients"] - hidden["send gradients"] == pytest.approx(0.5 * hidden["backward"])
+
+
+def test_speeds_between_widths_are_interpolated() -> None:
+    speeds = load_cluster("h100").for_precision("bf16")
+    assert speeds.product_tflops(64) == speeds.product_tflops(256)
+    assert speeds.product_tflops(10**5) == speeds.product_tflops(4096)
+    assert speeds.product_tflops(2048)[0] == pytest.approx(
+        (speeds.product_tflops(1024)[0] + speeds.product_tflops(4096)[0]) / 2
+    )
+    assert speeds.covers(4096) and not speeds.covers(8192)
+    with pytest.raises(ValueError, match="products must be ordered"):
+        Arithmetic.model_validate({**speeds.model_dump(), "products": [*reversed(speeds.model_dump()["products"])]})
