@@ -87,7 +87,9 @@ def _counted(
     def counted(*arguments: Any, **named: Any) -> Any:
         value = named[name] if name in named else arguments[place]
         tensors = [value] if isinstance(value, Tensor) else list(value)
-        ranks = dist.get_world_size(named.get("group"))
+        # DeepSpeed hands some of its groups over by position; without one it means all ranks.
+        given = (x for x in (*arguments, *named.values()) if isinstance(x, dist.ProcessGroup))
+        ranks = dist.get_world_size(next(given, None))
         small = all(x.numel() <= 1 or not torch.is_floating_point(x) for x in tensors)
         sent = sum(map(size_of, tensors)) * share(ranks) * (ranks - 1)
         with traffic.sending("control" if small else kind, sent):

@@ -85,6 +85,7 @@ def plan(
         base["steps"] = math.ceil(pairs / base["global_batch"])
     config = _config(base)
     planner = Planner(base, config, there, Load.of(config, caption_tokens, mean_caption_tokens))
+    best: Prediction | None
     if as_it_is:
         best, told = _one(planner, pairs)
     else:

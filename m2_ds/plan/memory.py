@@ -118,8 +118,8 @@ class _Held:
         return self.numbers.trained * self.element
 
     def buckets(self, count: int = 1) -> float:
-        size = min(BUCKET, self.numbers.trained) if self.on_cpu else BUCKET
-        return count * size * self.element
+        size = count * BUCKET
+        return (min(size, self.numbers.trained) if self.on_cpu else size) * self.element
 
     @property
     def sent(self) -> float:
@@ -203,7 +203,7 @@ def _update(candidate: Candidate, held: _Held) -> dict[str, float]:
         return {"gradients": 0.0, "buffers": held.buckets()}
     widened = 4 if held.element == 2 else 0
     if candidate.stage == 0:
-        copies = widened * held.numbers.trained
+        copies: float = widened * held.numbers.trained
     elif candidate.stage == 3:
         copies = (held.element + widened) * min(held.part, LIVE)
     else:

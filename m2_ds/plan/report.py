@@ -41,6 +41,8 @@ def basis(planner: Planner) -> list[str]:
         "counted: bytes by kind of traffic (the log's sent_mb), operations; by formula: memory, compared with peaks "
         "measured on CPU ranks (docs/planning.md)"
     ]
+    if config.loss.vl_weight == 0:
+        lines.append("an upper bound: loss.vl_weight is 0, and a backward of the vision-language layers is counted")
     if cluster.basis == "data sheet":
         lines.append(
             f"extrapolated: every second, days and MFU, from data sheets of {cluster.name}; memory of GPUs, which no "

@@ -75,8 +75,9 @@ def part_bytes(
         found += Sent(ring * of[1].padded * width * element)
     again = model.recompute != "none"
     classes = part.is_last and model.num_vl_layers > 0
-    stacks = bool(len(part.layers(0, model.num_layers)) or part.has_backbone_end(model))
-    stacks += bool(len(part.layers(model.num_layers, model.num_vl_layers)) or part.is_last)
+    backbone = len(part.layers(0, model.num_layers)) > 0 or part.has_backbone_end(model)
+    behind = len(part.layers(model.num_layers, model.num_vl_layers)) > 0 or part.is_last
+    stacks = int(backbone) + int(behind)
     norms = part.has_backbone_end(model) + part.is_last
     for tokens in of:
         full = layer_bytes(tokens.tokens, width, ranks, element, sequence, again)

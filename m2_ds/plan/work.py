@@ -13,9 +13,9 @@ from m2_ds.model.stack import Part
 from m2_ds.plan.layout import Load
 
 BYTES = {"fp32": 4, "bf16": 2}
-# Bytes that a layer reads and writes beside its products, forward, in units of N D e: norms 2 each (of D, D and 4 D of
-# which the ones behind attention and GELU act on widths that are cut), GELU 8, residuals 3 each.
-_WHOLE, _CUT = 2 + 2 + 3 + 3, 2 + 8 + 8
+# Bytes that a layer reads and writes beside its products, forward, in units of N D e, where widths are whole: two norms
+# (2 each) and two residuals (3 each). Backward twice as many. GELU and the sub-LayerNorms act on widths that are cut.
+_WHOLE = 2 + 2 + 3 + 3
 # A LayerNorm over a cut width is made of single operations in fp32: bytes a number, forward and backward.
 _SPLIT_NORM = (40.0, 100.0)
 PACKED = 128  # packed captions are rounded up to this many tokens (m2_ds.model.multiway.Packing)
@@ -92,19 +92,21 @@ def layer_work(
     rows, queries = of.tokens, of.samples if first_only else of.tokens
     products = 2 * width * (2 * width * rows + (2 * width + 2 * ffn) * queries)
     attention = 4 * of.samples * of.length * (1 if first_only else of.length) * width
-    whole = (2 * rows + (_WHOLE - 2) * queries) * width * element
-    inner = width + ffn  # widths of the sub-LayerNorms together
-    cut = (2 * width * element + 4 * ffn * element) * queries
-    backward = 2 * (whole + cut)
-    if ranks > 1:
-        norms = queries * inner
-        cut += norms * (_SPLIT_NORM[0] - 2 * element)
-        backward = 2 * (whole + 2 * ffn * element * queries) + norms * _SPLIT_NORM[1]
-        sums = 8 * queries * width * element  # the copy that is summed, and the bias beside it
-        whole, backward = whole + sums, backward + sums
-    share = (whole / ranks if sequence else whole) + cut / ranks
-    backward *= (1 / ranks) if sequence else (0.4 + 0.6 / ranks) if ranks > 1 else 1.0
-    return Work(products / ranks, attention / ranks, share, backward, 1)
+    whole = float(2 * rows + (_WHOLE - 2) * queries) * width * element
+    gelu = 2.0 * ffn * element * queries
+    norms = float(queries * (width + ffn))  # numbers of the two sub-LayerNorms
+    if ranks == 1:
+        cut = gelu + 2 * norms * element
+        return Work(products, attention, whole + cut, 2 * (whole + cut), 1)
+    whole += 4.0 * queries * width * element  # each of two sums is of a copy, and has its bias added by itself
+    share = ranks if sequence else 1
+    return Work(
+        products / ranks,
+        attention / ranks,
+        whole / share + (gelu + norms * _SPLIT_NORM[0]) / ranks,
+        2 * whole / share + (2 * gelu + norms * _SPLIT_NORM[1]) / ranks,
+        1,
+    )
 
 
 def stem_work(model: M2EncoderConfig, pictures: int, element: int) -> Work:
@@ -113,9 +115,9 @@ def stem_work(model: M2EncoderConfig, pictures: int, element: int) -> Work:
     pixels = 3 * side * side * pictures
     pointwise = pixels * (1 + 7 * element)  # to floats, divided, shifted, scaled
     if model.stem == "patch":
-        products = 2 * model.num_patches * pictures * 3 * model.patch_size**2 * width
+        products = 2.0 * model.num_patches * pictures * 3 * model.patch_size**2 * width
         return Work(products, 0, pointwise + 2 * pixels * element, 2 * pixels * element, 1)
-    products, channels, moved = 0.0, 3, 0.0
+    products, moved, channels = 0.0, 0.0, 3
     for channels_in, out, grid in conv_stages(model):
         products += 2 * 9 * channels_in * out * grid * grid * pictures
         moved += out * grid * grid * pictures * element

@@ -1,0 +1,225 @@
+#!/usr/bin/env python
+"""How well m2_ds.plan predicts: memory peaks and step times of real runs on this machine, against its formulae.
+
+    python benchmarks/planner.py                     # measures the machine first (2 minutes), then 24 layouts
+    python benchmarks/planner.py --cluster this.yaml # with a file of m2 plan --measure
+    python benchmarks/planner.py --only tp           # layouts whose name holds a word
+
+Real steps of the trainer's engine on random pairs, on one and two processes. Speeds come from ``m2 plan --measure``
+alone: nothing is fitted to these runs. Memory is the peak resident set of steps 2 and 3 beyond what is there when the
+libraries have run a small model's step, with glibc told to return what is freed; times are medians without that.
+Results go to benchmarks/results/planner.json and .md.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from model_parallel import facts, table, write
+
+from m2_ds.config import RunConfig
+from m2_ds.plan.cluster import Cluster, load_cluster
+from m2_ds.plan.layout import Candidate, Load
+from m2_ds.plan.measure import measure_machine
+from m2_ds.plan.search import Planner, Prediction
+from m2_ds.plan.trial import trial_tree
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+LENGTHS = (6, 17)
+MEAN_LENGTH = (LENGTHS[0] + LENGTHS[1] - 1) / 2
+MEMORY_GOAL, TIME_GOAL = 0.10, 0.20
+
+# Weights dominate the one, activations the other.
+WIDE = {
+    "hidden_size": 640, "num_heads": 10, "num_layers": 4, "num_vl_layers": 2, "embed_dim": 512, "image_size": 64,
+    "vocab_size": 16384, "text_positions": 130, "max_text_length": 32,
+}  # fmt: skip
+LONG = {
+    "hidden_size": 256, "num_heads": 4, "num_layers": 6, "num_vl_layers": 2, "embed_dim": 256, "image_size": 96,
+    "patch_size": 8, "vocab_size": 4000, "text_positions": 130, "max_text_length": 32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """``pairs`` of a rank's micro-batch, ``k`` micro-batches a step; ``parallel`` and ``engine``: fields of these."""
+
+    name: str
+    ranks: int
+    model: dict[str, Any]
+    pairs: int
+    k: int = 1
+    zero: str = "zero1"
+    precision: str = "fp32"
+    recompute: str = "none"
+    parallel: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        cut = self.parallel.get("tensor_parallel_size", 1) * self.parallel.get("pipeline_parallel_size", 1)
+        batch = self.ranks // cut * self.pairs * self.k
+        tree = trial_tree({**self.model, "recompute": self.recompute}, self.zero, batch, self.pairs, self.precision)
+        tree["engine"] |= self.engine
+        return {**tree, "parallel": self.parallel}
+
+
+def jobs() -> list[Job]:
+    """The layouts: every axis by itself, and the usual ones together."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        found += [
+            Job(f"wide, 1 rank, {precision}", 1, WIDE, 8, precision=precision),
+            Job(f"wide, 1 rank, k 4, {precision}", 1, WIDE, 8, 4, precision=precision),
+            Job(f"long, 1 rank, {precision}", 1, LONG, 24, precision=precision),
+            Job(f"long, 1 rank, full, {precision}", 1, LONG, 24, precision=precision, recompute="full"),
+            Job(f"long, dp 2, {precision}", 2, LONG, 12, precision=precision),
+            Job(f"wide, dp 2, {precision}", 2, WIDE, 8, precision=precision),
+            Job(f"wide, tp 2, {precision}", 2, WIDE, 8, precision=precision, parallel={"tensor_parallel_size": 2}),
+            Job(
+                f"wide, pp 2, k 4, {precision}", 2, WIDE, 8, 4, precision=precision,
+                parallel={"pipeline_parallel_size": 2},
+            ),
+        ]  # fmt: skip
+    both = {"tensor_parallel_size": 2, "sequence_parallel": True}
+    found += [
+        Job("long, 1 rank, selective, fp32", 1, LONG, 24, recompute="selective"),
+        Job("long, tp 2 sp, k 2, fp32", 2, LONG, 12, 2, parallel=both),
+        Job("long, dp 2, k 4, fp32", 2, LONG, 12, 4),
+        Job("wide, 1 rank, zero0, fp32", 1, WIDE, 8, zero="zero0"),
+        Job("wide, dp 2, zero0, bf16", 2, WIDE, 8, zero="zero0", precision="bf16"),
+        Job("wide, dp 2, zero2, fp32", 2, WIDE, 8, zero="zero2"),
+        Job("wide, dp 2, zero2, k 2 each, bf16", 2, WIDE, 8, 2, "zero2", "bf16", engine={"reduce_once": False}),
+        Job("wide, dp 2, zero3, fp32", 2, WIDE, 8, zero="zero3"),
+        Job("wide, dp 2, zero3, k 2, bf16", 2, WIDE, 8, 2, "zero3", "bf16"),
+    ]
+    return found
+
+
+def launch(what: str, of: list[Job], steps: int) -> list[list[float]]:
+    """By job what each of its ranks found; the jobs have as many ranks and run one after another."""
+    ranks = of[0].ranks
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    more = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if what == "memory" else {}
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            **os.environ, **more, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)), "DS_ACCELERATOR": "cpu",
+        }  # fmt: skip
+        asked = json.dumps([{"tree": job.tree, "lengths": LENGTHS} for job in of])
+        command = [sys.executable, str(HERE / "planner_rank.py"), what, asked, str(steps)]
+        out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
+    try:
+        answer, _ = processes[0].communicate()
+        codes = [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(codes):
+        raise ValueError(f"{what} of {', '.join(job.name for job in of)} failed ({codes}); the error is above")
+    by_rank = json.loads(answer.strip().splitlines()[-1])
+    return [list(found) for found in zip(*by_rank)]
+
+
+def predict(job: Job, cluster: Cluster) -> Prediction:
+    config = RunConfig.model_validate(job.tree)
+    planner = Planner(job.tree, config, cluster.with_size(None, job.ranks), Load(1, LENGTHS[1] - 1, MEAN_LENGTH))
+    return planner.predict(Candidate.of(config, job.ranks))
+
+
+def main(
+    cluster: Path | None = None,
+    only: str = "",
+    what: Literal["both", "memory", "time"] = "both",
+    steps: int = 7,
+    out: Path = RESULTS / "planner.json",
+) -> None:
+    """Run layouts and compare. What an earlier call found of other layouts stays in the results.
+
+    Args:
+        cluster: a file of m2 plan --measure; by default the machine is measured now.
+        only: a word of the names of the layouts that are run.
+        what: to measure.
+        steps: of a time; its median counts.
+        out: results; a table of the same name ending in .md is written beside it.
+    """
+    path = cluster or out.with_name("planner_cluster.yaml")
+    if cluster is None:
+        path.write_text(measure_machine())
+    there = load_cluster(str(path))
+    found: dict[str, dict[str, float]] = {}
+    if out.exists():
+        found = {e["name"]: e["measured"] for e in json.loads(out.read_text())["layouts"]}
+    for job in (job for job in jobs() if only in job.name):
+        measured = found.setdefault(job.name, {})
+        if what != "time":
+            measured["memory"] = max(launch("memory", [job], 0)[0])
+        if what != "memory":
+            before = os.getloadavg()[0]
+            measured["step_s"], measured["load"] = max(launch("time", [job], steps)[0]), before
+        print(" | ".join(row(entry_of(job, there, measured))), flush=True)
+    content = [entry_of(job, there, found[job.name]) for job in jobs() if job.name in found]
+    head = ["layout", "GB predicted", "measured", "error", "step s predicted", "measured", "error", "load before"]
+    lines = [
+        f"{facts()}. Speeds from m2 plan --measure alone ([file]({path.name})), in which a process takes "
+        f"{there.reserve_gb:.2f} GB beside what is counted. Of the worst rank; errors are predicted / measured - 1.",
+        "",
+        *table(head, [row(entry) for entry in content]),
+        "",
+        summary(content, "memory", MEMORY_GOAL),
+        "",
+        summary(content, "step_s", TIME_GOAL),
+    ]
+    write(out, "Predicted and measured: memory and step time", {"layouts": content}, lines)
+
+
+def entry_of(job: Job, cluster: Cluster, measured: dict[str, float]) -> dict[str, Any]:
+    found = predict(job, cluster)
+    return {
+        "name": job.name,
+        "job": asdict(job),
+        "predicted": {"memory": found.worst.peak + cluster.reserve_gb * 1e9, "step_s": found.time.total},
+        "measured": measured,
+        "parts": found.time.parts,
+        "kinds": found.worst.at_peak,
+    }
+
+
+def row(entry: dict[str, Any]) -> list[str]:
+    measured, predicted, cells = entry["measured"], entry["predicted"], [entry["name"]]
+    for what, unit, digits in (("memory", 1e9, 2), ("step_s", 1.0, 3)):
+        cells.append(f"{predicted[what] / unit:.{digits}f}")
+        there = what in measured
+        cells += [f"{measured[what] / unit:.{digits}f}", f"{error(entry, what):+.0%}"] if there else ["-", "-"]
+    return [*cells, f"{measured['load']:.1f}" if "load" in measured else "-"]
+
+
+def error(entry: dict[str, Any], what: str) -> float:
+    return float(entry["predicted"][what] / entry["measured"][what] - 1)
+
+
+def summary(content: Iterable[dict[str, Any]], what: str, goal: float) -> str:
+    name = {"memory": "Memory", "step_s": "Step time"}[what]
+    errors = {entry["name"]: error(entry, what) for entry in content if what in entry["measured"]}
+    if not errors:
+        return f"{name}: not measured."
+    worst = max(errors, key=lambda job: abs(errors[job]))
+    within = sum(abs(x) <= goal for x in errors.values())
+    return f"{name}: {within} of {len(errors)} within {goal:.0%}; the worst is {worst} ({errors[worst]:+.0%})."
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
