@@ -22,20 +22,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from model_parallel import facts, table, write
+from model_parallel import facts, table
 
 from m2_ds.config import RunConfig
 from m2_ds.plan.cluster import Cluster, load_cluster
 from m2_ds.plan.layout import Candidate, Load
 from m2_ds.plan.measure import measure_machine
 from m2_ds.plan.search import Planner, Prediction
-from m2_ds.plan.trial import trial_tree
+from m2_ds.plan.trial import Clock, trial_tree
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 LENGTHS = (6, 17)
 MEAN_LENGTH = (LENGTHS[0] + LENGTHS[1] - 1) / 2
 MEMORY_GOAL, TIME_GOAL = 0.10, 0.20
+CPU_SECONDS = (
+    " The machine was not quiet: times are CPU seconds of the busiest rank, one thread a process; of a pipeline "
+    "predictions leave its bubble out, in which nothing works."
+)
 
 # Weights dominate the one, activations the other.
 WIDE = {
@@ -104,22 +108,23 @@ def jobs() -> list[Job]:
     return found
 
 
-def launch(what: str, of: list[Job], steps: int) -> list[list[float]]:
+def launch(what: str, of: list[Job], steps: int, clock: Clock = "wall") -> list[list[float]]:
     """By job what each of its ranks found; the jobs have as many ranks and run one after another."""
     ranks = of[0].ranks
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     more = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if what == "memory" else {}
+    threads = 1 if clock == "cpu" else max(1, len(os.sched_getaffinity(0)) // ranks)
     processes = []
     for rank in range(ranks):
         environment = {
             **os.environ, **more, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)), "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
         asked = json.dumps([{"tree": job.tree, "lengths": LENGTHS} for job in of])
-        command = [sys.executable, str(HERE / "planner_rank.py"), what, asked, str(steps)]
+        command = [sys.executable, str(HERE / "planner_rank.py"), what, asked, str(steps), clock]
         out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
     try:
@@ -142,40 +147,61 @@ def predict(job: Job, cluster: Cluster) -> Prediction:
 
 def main(
     cluster: Path | None = None,
-    only: str = "",
+    only: tuple[str, ...] = (),
     what: Literal["both", "memory", "time"] = "both",
     steps: int = 7,
+    clock: Clock = "wall",
     out: Path = RESULTS / "planner.json",
 ) -> None:
     """Run layouts and compare. What an earlier call found of other layouts stays in the results.
 
     Args:
         cluster: a file of m2 plan --measure; by default the machine is measured now.
-        only: a word of the names of the layouts that are run.
+        only: words; layouts whose name holds one of them are run.
         what: to measure.
         steps: of a time; its median counts.
+        clock: cpu: CPU seconds, one thread a process, where the machine is not quiet; bubbles are not in them.
         out: results; a table of the same name ending in .md is written beside it.
     """
     path = cluster or out.with_name("planner_cluster.yaml")
     if cluster is None:
-        path.write_text(measure_machine())
+        path.write_text(measure_machine(clock=clock))
     there = load_cluster(str(path))
     found: dict[str, dict[str, float]] = {}
     if out.exists():
         found = {e["name"]: e["measured"] for e in json.loads(out.read_text())["layouts"]}
-    for job in (job for job in jobs() if only in job.name):
-        measured = found.setdefault(job.name, {})
-        if what != "time":
-            measured["memory"] = max(launch("memory", [job], 0)[0])
-        if what != "memory":
+    chosen = [job for job in jobs() if any(word in job.name for word in only or [""])]
+    if what != "time":
+        for job in chosen:
+            found.setdefault(job.name, {})["memory"] = max(launch("memory", [job], 0)[0])
+            told(job, there, found)
+            write_results(out, path, there, found, clock)
+    if what != "memory":
+        # ZeRO 3 replaces torch's linear layer for good: a process of its own.
+        for ranks, third in ((1, False), (2, False), (1, True), (2, True)):
+            of = [job for job in chosen if job.ranks == ranks and (job.zero == "zero3") == third]
+            if not of:
+                continue
             before = os.getloadavg()[0]
-            measured["step_s"], measured["load"] = max(launch("time", [job], steps)[0]), before
-        print(" | ".join(row(entry_of(job, there, measured))), flush=True)
+            for job, times in zip(of, launch("time", of, steps, clock)):
+                found.setdefault(job.name, {}).update(step_s=max(times), load=before)
+                told(job, there, found)
+            write_results(out, path, there, found, clock)
+
+
+def told(job: Job, there: Cluster, found: dict[str, dict[str, float]]) -> None:
+    print(" | ".join(row(entry_of(job, there, found[job.name]))), flush=True)
+
+
+def write_results(out: Path, path: Path, there: Cluster, found: dict[str, dict[str, float]], clock: Clock) -> None:
+    """What has been measured so far, beside what is predicted now; ``path``: the machine's file."""
     content = [entry_of(job, there, found[job.name]) for job in jobs() if job.name in found]
     head = ["layout", "GB predicted", "measured", "error", "step s predicted", "measured", "error", "load before"]
     lines = [
         f"{facts()}. Speeds from m2 plan --measure alone ([file]({path.name})), in which a process takes "
-        f"{there.reserve_gb:.2f} GB beside what is counted. Of the worst rank; errors are predicted / measured - 1.",
+        f"{there.reserve_gb:.2f} GB beside what is counted. Of the worst rank; errors are predicted / measured - 1."
+        + CPU_SECONDS
+        * (clock == "cpu"),
         "",
         *table(head, [row(entry) for entry in content]),
         "",
@@ -183,15 +209,20 @@ def main(
         "",
         summary(content, "step_s", TIME_GOAL),
     ]
-    write(out, "Predicted and measured: memory and step time", {"layouts": content}, lines)
+    text = "\n".join(["# Predicted and measured: memory and step time", "", *lines]) + "\n"
+    out.write_text(json.dumps({"machine": facts(), "layouts": content}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text)
 
 
 def entry_of(job: Job, cluster: Cluster, measured: dict[str, float]) -> dict[str, Any]:
     found = predict(job, cluster)
+    step = found.time.total
+    if any("CPU seconds" in note for note in cluster.notes):
+        step -= found.time.parts.get("bubble", 0.0)
     return {
         "name": job.name,
         "job": asdict(job),
-        "predicted": {"memory": found.worst.peak + cluster.reserve_gb * 1e9, "step_s": found.time.total},
+        "predicted": {"memory": found.worst.peak + cluster.reserve_gb * 1e9, "step_s": step},
         "measured": measured,
         "parts": found.time.parts,
         "kinds": found.worst.at_peak,

@@ -14,7 +14,7 @@ from m2_ds.config import RunConfig
 from m2_ds.engine.setup import quiet, set_threads
 from m2_ds.parallel.collectives import all_gather_objects
 from m2_ds.parallel.mesh import Mesh
-from m2_ds.plan.trial import ResidentPeak, Trial, trial_tree
+from m2_ds.plan.trial import Clock, ResidentPeak, Trial, trial_tree
 
 SMALL = trial_tree({"preset": "test"}, "zero1", 8, 2, "fp32")
 
@@ -33,23 +33,25 @@ def peak(config: RunConfig, mesh: Mesh, lengths: tuple[int, int]) -> int:
     return resident.peak()
 
 
-def seconds(config: RunConfig, mesh: Mesh, lengths: tuple[int, int], steps: int) -> float:
-    trial = Trial(config, mesh.with_layout(config.parallel), lengths)
+def seconds(config: RunConfig, mesh: Mesh, lengths: tuple[int, int], steps: int, clock: Clock) -> float:
+    trial = Trial(config, mesh.with_layout(config.parallel), lengths, clock)
     trial.run(2)
     found = statistics.median(trial.run(steps))
     trial.close()
     return found
 
 
-def work(what: str, jobs: list[dict[str, Any]], steps: int) -> None:
+def work(what: str, jobs: list[dict[str, Any]], steps: int, clock: Clock) -> None:
     quiet()
     mesh, found = Mesh.start(), []
     for job in jobs:
         config = RunConfig.model_validate(job["tree"])
         set_threads(config)
+        if clock == "cpu":
+            torch.set_num_threads(1)
         torch.manual_seed(0)
         lengths = (job["lengths"][0], job["lengths"][1])
-        found.append(peak(config, mesh, lengths) if what == "memory" else seconds(config, mesh, lengths, steps))
+        found.append(peak(config, mesh, lengths) if what == "memory" else seconds(config, mesh, lengths, steps, clock))
     everyone = all_gather_objects(found, mesh.world)
     if mesh.is_first:
         print(json.dumps(everyone), flush=True)
@@ -57,4 +59,4 @@ def work(what: str, jobs: list[dict[str, Any]], steps: int) -> None:
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
+    work(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), "cpu" if sys.argv[4] == "cpu" else "wall")

@@ -15,9 +15,10 @@ from m2_ds.plan.work import BYTES, Tokens, conv_stages
 
 @dataclass(frozen=True)
 class Graph:
-    """``kept``: from forward to backward; ``working``: what the backward of a layer has beside it at the most.
+    """``kept``: from forward to backward; ``working``: what backward has beside it at the most.
 
-    With recomputation that is the layer's own activations, which are made anew, too.
+    That is gradients of one layer, and with recomputation its activations, which are made anew. Captions ran last, so
+    that their part is given up before pictures' backward begins.
     """
 
     kept: float
@@ -31,9 +32,10 @@ def part_graph(
     """Of a part of the model and one micro-batch: pictures and captions ``of``."""
     element = BYTES[precision]
     shape = _Shape(model, element, on_cpu and precision == "bf16", ranks, sequence)
-    kept, working = 0.0, 0.0
+    by_modality: list[tuple[float, float]] = []
     classes = part.is_last and model.num_vl_layers > 0 and not sequence
     for tokens in of:
+        kept, working = 0.0, 0.0
         layers = [shape.layer(tokens)] * (part.end - part.start - classes)
         layers += [shape.last_layer(tokens)] * classes
         for whole in layers:
@@ -43,9 +45,10 @@ def part_graph(
         kept += shape.ends(tokens, part)
         if not part.is_first:
             kept += shape.received(tokens)
-    if part.is_first:
-        kept += shape.inputs(*of)
-    return Graph(kept, working)
+        by_modality.append((kept, working))
+    inputs = shape.inputs(*of) if part.is_first else 0.0
+    (pictures, of_pictures), (captions, of_captions) = by_modality
+    return Graph(inputs + pictures + captions, max(of_captions, of_pictures - captions))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def plan(
     emit: Path | None = None,
     json: Path | None = None,
     measure: Path | None = None,
+    clock: Literal["wall", "cpu"] = "wall",
 ) -> int:
     """Rank the layouts in which a model can be trained on a cluster: memory, traffic, step time and days of each.
 
@@ -60,13 +61,14 @@ def plan(
         emit: write the best layout's recipe to this file, and say the command that starts it.
         json: write everything to this file.
         measure: measure this machine, write its file here, and plan for it where a model or recipe is given.
+        clock: of the measurement; cpu: CPU seconds of one thread a process, where other programs keep the machine busy.
     """
     if measure is not None:
         from m2_ds.plan.measure import measure_machine  # starts processes
 
         if cluster is not None:
             raise ValueError(f"--measure is for this machine, and --cluster {cluster} is another one; give one of them")
-        write_atomically(measure, measure_machine(ranks).encode())
+        write_atomically(measure, measure_machine(ranks, clock=clock).encode())
         print(f"{measure}: written; m2 plan --cluster {measure} plans with it")
         if model is None and recipe is None:
             return 0

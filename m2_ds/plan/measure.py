@@ -20,14 +20,19 @@ import yaml
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.plan.cluster import Cluster
 from m2_ds.plan.measure_rank import DEPTH, HEAD, LARGE, LENGTH, SAMPLES, SMALL, WIDTHS
+from m2_ds.plan.trial import Clock
 from m2_ds.plan.work import BYTES, Tokens, layer_work
 
 BUDGET_S = 1.0  # of one timing
 LEAST_SHARE = 0.05  # of a layer's time that its pointwise work takes at least
 
 
-def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S) -> str:
-    """The cluster file's text. ``ranks``: processes; by default one a core. A machine with GPUs is refused."""
+def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S, clock: Clock = "wall") -> str:
+    """The cluster file's text. ``ranks``: processes; by default one a core. A machine with GPUs is refused.
+
+    ``clock`` cpu: seconds of work, with one thread a process; what a busy machine keeps a process waiting for is not in
+    them, nor is anything else that it waits for.
+    """
     if torch.cuda.is_available():
         raise ValueError(
             "--measure is for machines without a GPU: take --cluster a100-80, h100 or h200, or write a file as "
@@ -37,8 +42,8 @@ def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S) -> str
     most = ranks or cores
     if not 0 < most <= cores:
         raise ValueError(f"--ranks {most}: this machine has {cores} cores; more processes than cores tell nothing")
-    found = {count: _speeds(_run("speeds", count, budget_s), count) for count in sorted({1, most})}
-    reserve = json.loads(_run("reserve", 1, budget_s, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}))["bytes"]
+    found = {count: _speeds(_run("speeds", count, budget_s, clock), count) for count in sorted({1, most})}
+    reserve = json.loads(_run("reserve", 1, budget_s, clock, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}))["bytes"]
     here = found[most]
     memory = psutil.virtual_memory().total / 1e9
     link = here.get("link") or {"bandwidth_gbs": 1.0, "latency_us": 50.0}
@@ -57,8 +62,9 @@ def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S) -> str
             {"ranks": count, "arithmetic": speeds["arithmetic"]} for count, speeds in found.items() if count < most
         ],
         "notes": [
-            f"measured {time.strftime('%Y-%m-%d')} with torch {torch.__version__}, {cores // most} thread(s) a rank, "
-            f"after a load of {os.getloadavg()[1]:.1f}",
+            f"measured {time.strftime('%Y-%m-%d')} with torch {torch.__version__} in "
+            + ("CPU seconds, one thread a rank" if clock == "cpu" else f"seconds, {cores} threads over the ranks")
+            + f", after a load of {os.getloadavg()[1]:.1f}",
             "memory is counted beyond what Python and the libraries hold before the model is built",
         ],
     }
@@ -66,12 +72,12 @@ def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S) -> str
     return "# Written by m2 plan --measure.\n" + yaml.safe_dump(tree, sort_keys=False, width=120, allow_unicode=True)
 
 
-def _run(what: str, ranks: int, budget_s: float, more: dict[str, str] | None = None) -> str:
+def _run(what: str, ranks: int, budget_s: float, clock: Clock, more: dict[str, str] | None = None) -> str:
     """The first rank's answer to ``what``; all ranks work at once, each on its share of the cores."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    threads = 1 if clock == "cpu" else max(1, len(os.sched_getaffinity(0)) // ranks)
     processes = []
     for rank in range(ranks):
         environment = {
@@ -79,7 +85,7 @@ def _run(what: str, ranks: int, budget_s: float, more: dict[str, str] | None = N
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
-        command = [sys.executable, "-m", "m2_ds.plan.measure_rank", what, str(budget_s)]
+        command = [sys.executable, "-m", "m2_ds.plan.measure_rank", what, str(budget_s), clock]
         out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
     try:

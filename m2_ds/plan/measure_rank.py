@@ -7,9 +7,9 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from m2_ds.parallel.collectives import all_gather_rows, all_reduce_sum, barrier,
 from m2_ds.parallel.mesh import Mesh
 from m2_ds.plan.layout import Candidate, Load
 from m2_ds.plan.memory import memory_of, stage_parts
-from m2_ds.plan.trial import ResidentPeak, Trial, trial_tree
+from m2_ds.plan.trial import CLOCKS, Clock, ResidentPeak, Trial, trial_tree
 from m2_ds.plan.weights import weights_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,8 +48,8 @@ class Timed:
 class Rank:
     """Times on this rank, in step with the others."""
 
-    def __init__(self, mesh: Mesh, budget_s: float) -> None:
-        self.mesh, self.budget_s = mesh, budget_s
+    def __init__(self, mesh: Mesh, budget_s: float, clock: Clock) -> None:
+        self.mesh, self.budget_s, self.now = mesh, budget_s, CLOCKS[clock]
 
     def work(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -69,9 +69,9 @@ class Rank:
         """Medians of as many calls as the time allows; all ranks make as many."""
         call()
         barrier(self.mesh.world)
-        started = time.perf_counter()
+        started = self.now()
         call()
-        once = torch.tensor([time.perf_counter() - started])
+        once = torch.tensor([self.now() - started])
         longest = float(all_reduce_sum(once, self.mesh.world, "control")) / self.mesh.world_size
         count = max(3, min(200, int(self.budget_s / max(longest, 1e-6))))
         barrier(self.mesh.world)
@@ -86,13 +86,13 @@ class Rank:
 
         def once() -> Timed:
             stack.zero_grad()
-            started = time.perf_counter()
+            started = self.now()
             y = x
             for layer in stack:
                 y = layer(y, ALL_A)
-            middle = time.perf_counter()
+            middle = self.now()
             y.backward(torch.ones_like(y))
-            return Timed((middle - started) / DEPTH, (time.perf_counter() - middle) / DEPTH)
+            return Timed((middle - started) / DEPTH, (self.now() - middle) / DEPTH)
 
         return self.repeated(once)
 
@@ -103,11 +103,11 @@ class Rank:
         inputs = [torch.randn(tokens, into).to(dtype).requires_grad_() for into, _ in shapes]
 
         def once() -> Timed:
-            started = time.perf_counter()
+            started = self.now()
             outputs = [F.linear(x, w) for x, w in zip(inputs, weights)]
-            middle = time.perf_counter()
+            middle = self.now()
             torch.autograd.grad(outputs, [*inputs, *weights], outputs)
-            return Timed(middle - started, time.perf_counter() - middle)
+            return Timed(middle - started, self.now() - middle)
 
         return self.repeated(once)
 
@@ -116,11 +116,11 @@ class Rank:
         q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
 
         def once() -> Timed:
-            started = time.perf_counter()
+            started = self.now()
             out = attend(q, k, v, None)
-            middle = time.perf_counter()
+            middle = self.now()
             torch.autograd.grad(out, [q, k, v], out)
-            return Timed(middle - started, time.perf_counter() - middle)
+            return Timed(middle - started, self.now() - middle)
 
         return self.repeated(once)
 
@@ -133,13 +133,13 @@ class Rank:
         optimizer = torch.optim.AdamW([master], fused=True)
 
         def once() -> Timed:
-            started = time.perf_counter()
+            started = self.now()
             bucket = torch.empty(UPDATED, dtype=dtype)
             bucket.copy_(gradient)
             bucket.div_(2)
             part = torch.empty(UPDATED, dtype=dtype)
             part.copy_(bucket)
-            middle = time.perf_counter()
+            middle = self.now()
             part.double().norm(2)
             flat = torch.cat([part[: UPDATED // 2], part[UPDATED // 2 :]])
             master.grad = flat.float()
@@ -147,7 +147,7 @@ class Rank:
             optimizer.step()
             master.grad = None
             weight.copy_(master.data)
-            return Timed(middle - started, time.perf_counter() - middle)
+            return Timed(middle - started, self.now() - middle)
 
         timed = self.repeated(once)
         return {"gradient_s": timed.forward / UPDATED, "update_s": timed.backward / UPDATED}
@@ -164,7 +164,12 @@ class Rank:
             "reduce_scatter": lambda: reduce_scatter_rows(rows, world, "control"),
             "send": lambda: self._pass_on(x),
         }
-        return {name: self.repeated(lambda call=call: _whole(call)).forward for name, call in calls.items()}  # type: ignore[misc]
+        return {name: self.repeated(partial(self._whole, call)).forward for name, call in calls.items()}
+
+    def _whole(self, call: Callable[[], object]) -> Timed:
+        started = self.now()
+        call()
+        return Timed(self.now() - started, 0.0)
 
     def _pass_on(self, x: Tensor) -> None:
         """From every even rank to the next, and back: two messages, of which one is timed as half."""
@@ -180,26 +185,20 @@ class Rank:
             send(x, other, world, "control")
 
 
-def _whole(call: Callable[[], object]) -> Timed:
-    started = time.perf_counter()
-    call()
-    return Timed(time.perf_counter() - started, 0.0)
-
-
 # -- steps of a real engine ------------------------------------------------------------------------------------------
 
 _TINY = {"preset": "test", "hidden_size": HEAD, "num_heads": 1, "embed_dim": 32}
 _RESERVE = {**_TINY, "hidden_size": 512, "num_heads": 8, "image_size": 64, "vocab_size": 8000}
 
 
-def overheads(mesh: Mesh, precision: str, steps: int) -> list[dict[str, float]]:
+def overheads(mesh: Mesh, precision: str, steps: int, clock: Clock) -> list[dict[str, float]]:
     """Seconds of a step of two very small models, in which next to nothing is computed."""
     found = []
     for layers in (1, 7):
         config = RunConfig.model_validate(
             trial_tree({**_TINY, "num_layers": layers}, "zero1", 2 * mesh.world_size, 2, precision)
         )
-        trial = Trial(config, mesh, (6, 7))
+        trial = Trial(config, mesh, (6, 7), clock)
         seconds = trial.median(steps)
         trial.close()
         numbers = weights_of(config, Part.whole(config.model), 1)
@@ -223,20 +222,20 @@ def reserve(mesh: Mesh) -> int:
     return int(found - predicted)
 
 
-def main(what: str, budget_s: float) -> None:
+def main(what: str, budget_s: float, clock: Clock) -> None:
     quiet()
     mesh = Mesh.start()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if what == "reserve":
         answer: dict[str, Any] = {"bytes": reserve(mesh)}
     else:
-        answer = Rank(mesh, budget_s).work()
+        answer = Rank(mesh, budget_s, clock).work()
         for precision in DTYPES:
-            answer[precision]["steps"] = overheads(mesh, precision, max(3, int(20 * budget_s)))
+            answer[precision]["steps"] = overheads(mesh, precision, max(3, int(20 * budget_s)), clock)
     if mesh.is_first:
         print(json.dumps(answer), flush=True)
     mesh.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), "cpu" if sys.argv[3] == "cpu" else "wall")

@@ -190,10 +190,14 @@ def _reduction(candidate: Candidate, held: _Held) -> dict[str, float]:
             "gathered weights": held.gathered,
         }
     count = 2 if candidate.zero in OVERLAPPING else 1
+    if piecewise and held.on_cpu:
+        # The first bucket and its copy; or all that buckets have held, the part, and the copy of the last bucket.
+        last = held.numbers.trained % BUCKET * held.element if several else 0.0
+        return {"gradients": part, "buffers": max(held.buckets() + held.sent - part, held.buckets(count) + last)}
     if piecewise:
         return {"gradients": part, "buffers": held.buckets(count) + held.sent}
-    if held.on_cpu:  # gradients are given up as the bucket fills; the part fills as the bucket empties
-        return {"gradients": whole, "buffers": held.buckets() / (candidate.data if several else 1) + held.sent}
+    if held.on_cpu:  # gradients are given up as the bucket fills; the part fills as the bucket empties, behind its copy
+        return {"gradients": whole, "buffers": max(held.buckets() / candidate.data, held.sent)}
     return {"gradients": whole, "buffers": max(held.buckets(count), part) + held.sent}
 
 

@@ -193,13 +193,14 @@ def _time(p: Prediction) -> Table:
 def why(plan: Plan) -> list[str]:
     """The best against its runners-up: the parts of a step in which they differ most."""
     best, lines = plan.fitting[0], []
+    limit = min(p.time.total for p in plan.fitting) * (1 + TIE)
     for number, other in enumerate(plan.fitting[1 : 1 + _SENTENCES], 2):
         slower = other.time.total / best.time.total - 1
         names = {*best.time.parts, *other.time.parts}
         apart = {name: other.time.parts.get(name, 0.0) - best.time.parts.get(name, 0.0) for name in names}
         most = sorted(apart.items(), key=lambda item: -abs(item[1]))[:3]
         parts = ", ".join(f"{name} {seconds:+.3f} s" for name, seconds in most if abs(seconds) > 1e-4)
-        told = "as fast, and simpler is first" if abs(slower) <= TIE else f"{slower:.0%} slower"
+        told = "as fast, but less simple" if other.time.total <= limit else f"{slower:.1%} slower"
         lines.append(f"why not {number} ({other.candidate.name}): {told}: {parts or 'equal parts'}")
     return lines
 
