@@ -151,8 +151,9 @@ class Planner:
                     for sequence in (False, True) if tensor > 1 else (False,):
                         for once in (True, False) if stage >= 2 and k > 1 else (True,):
                             yield Candidate(
-                                tensor, pipeline, data, zero, group, micro_batch, k, recompute, sequence, 1, once
-                            )
+                                tensor, pipeline, data, zero, group, micro_batch, k, recompute, sequence,
+                                self.config.engine.kept_graphs, once,
+                            )  # fmt: skip
 
     def recipe(self, candidate: Candidate) -> RunConfig:
         """The candidate's recipe. Raises ValueError where it would be refused."""
