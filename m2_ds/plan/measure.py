@@ -57,7 +57,7 @@ def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S, clock:
         "reserve_gb": round(max(reserve, 0) / 1e9, 3),
         "arithmetic": here["arithmetic"],
         "intra": link,
-        "inter": link,
+        "inter": dict(link),
         "at_fewer_ranks": [
             {"ranks": count, "arithmetic": speeds["arithmetic"]} for count, speeds in found.items() if count < most
         ],
