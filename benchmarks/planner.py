@@ -16,7 +16,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -108,8 +108,8 @@ def jobs() -> list[Job]:
     return found
 
 
-def launch(what: str, of: list[Job], steps: int, clock: Clock = "wall") -> list[list[float]]:
-    """By job what each of its ranks found; the jobs have as many ranks and run one after another."""
+def launch(what: str, of: list[Job], steps: int, clock: Clock = "wall") -> Iterator[list[float]]:
+    """By job what each of its ranks found, as they end; the jobs have as many ranks and run one after another."""
     ranks = of[0].ranks
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -128,15 +128,15 @@ def launch(what: str, of: list[Job], steps: int, clock: Clock = "wall") -> list[
         out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
     try:
-        answer, _ = processes[0].communicate()
+        assert processes[0].stdout is not None
+        answers = (line for line in processes[0].stdout if line.startswith("["))
+        yield from (list(json.loads(line)) for line in answers)
         codes = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()
     if any(codes):
         raise ValueError(f"{what} of {', '.join(job.name for job in of)} failed ({codes}); the error is above")
-    by_rank = json.loads(answer.strip().splitlines()[-1])
-    return [list(found) for found in zip(*by_rank)]
 
 
 def predict(job: Job, cluster: Cluster) -> Prediction:
@@ -173,7 +173,8 @@ def main(
     chosen = [job for job in jobs() if any(word in job.name for word in only or [""])]
     if what != "time":
         for job in chosen:
-            found.setdefault(job.name, {})["memory"] = max(launch("memory", [job], 0)[0])
+            (peaks,) = launch("memory", [job], 0)
+            found.setdefault(job.name, {})["memory"] = max(peaks)
             told(job, there, found)
             write_results(out, path, there, found, clock)
     if what != "memory":
@@ -183,10 +184,10 @@ def main(
             if not of:
                 continue
             before = os.getloadavg()[0]
-            for job, times in zip(of, launch("time", of, steps, clock)):
+            for job, times in zip(of, launch("time", of, steps, clock), strict=True):
                 found.setdefault(job.name, {}).update(step_s=max(times), load=before)
                 told(job, there, found)
-            write_results(out, path, there, found, clock)
+                write_results(out, path, there, found, clock)
 
 
 def told(job: Job, there: Cluster, found: dict[str, dict[str, float]]) -> None:

@@ -1,6 +1,6 @@
 """One rank of benchmarks/planner.py: steps of real engines, timed, or their peak of memory.
 
-Started with "time" or "memory" and jobs as JSON; rank 0 prints what all ranks found, job by job.
+Started with "time" or "memory" and jobs as JSON; rank 0 prints a line a job, what all ranks found.
 """
 
 import json
@@ -43,7 +43,7 @@ def seconds(config: RunConfig, mesh: Mesh, lengths: tuple[int, int], steps: int,
 
 def work(what: str, jobs: list[dict[str, Any]], steps: int, clock: Clock) -> None:
     quiet()
-    mesh, found = Mesh.start(), []
+    mesh = Mesh.start()
     for job in jobs:
         config = RunConfig.model_validate(job["tree"])
         set_threads(config)
@@ -51,10 +51,10 @@ def work(what: str, jobs: list[dict[str, Any]], steps: int, clock: Clock) -> Non
             torch.set_num_threads(1)
         torch.manual_seed(0)
         lengths = (job["lengths"][0], job["lengths"][1])
-        found.append(peak(config, mesh, lengths) if what == "memory" else seconds(config, mesh, lengths, steps, clock))
-    everyone = all_gather_objects(found, mesh.world)
-    if mesh.is_first:
-        print(json.dumps(everyone), flush=True)
+        found = peak(config, mesh, lengths) if what == "memory" else seconds(config, mesh, lengths, steps, clock)
+        everyone = all_gather_objects(found, mesh.world)
+        if mesh.is_first:
+            print(json.dumps(everyone), flush=True)
     mesh.stop()
 
 
