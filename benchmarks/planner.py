@@ -178,11 +178,11 @@ def main(
             told(job, there, found)
             write_results(out, path, there, found, clock)
     if what != "memory":
-        # ZeRO 3 replaces torch's linear layer for good: a process of its own.
-        for ranks, third in ((1, False), (2, False), (1, True), (2, True)):
-            of = [job for job in chosen if job.ranks == ranks and (job.zero == "zero3") == third]
-            if not of:
-                continue
+        # ZeRO 3 replaces torch's linear layer for good, and a layout's groups stay: sets of processes of their own.
+        sets: dict[tuple[object, ...], list[Job]] = {}
+        for job in chosen:
+            sets.setdefault((job.ranks, job.zero == "zero3", str(job.parallel)), []).append(job)
+        for of in sets.values():
             before = os.getloadavg()[0]
             for job, times in zip(of, launch("time", of, steps, clock), strict=True):
                 found.setdefault(job.name, {}).update(step_s=max(times), load=before)
