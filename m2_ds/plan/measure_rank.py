@@ -34,7 +34,7 @@ WIDTHS = (192, 384, 768)
 SAMPLES, LENGTH, DEPTH = 24, 50, 3
 HEAD = 64
 LARGE, SMALL = 4_000_000, 256  # numbers of a message
-UPDATED = 12_000_000
+UPDATED = 20_000_000  # over 32 MB in bf16, too: as with real buckets, every buffer is new memory, whose pages cost
 
 
 @dataclass

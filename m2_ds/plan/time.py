@@ -17,6 +17,8 @@ from m2_ds.plan.weights import weights_of
 from m2_ds.plan.work import BYTES, Work, loss_work, part_work, tokens_of
 
 SEPARATE = ("tensor parallel", "tensor parallel norms", "pipeline")  # in the passes, micro-batch by micro-batch
+# A bucket that is sent is copied to a flat tensor and back, beside into the bucket, divided and out of it.
+FLAT_COPIES = 2 / 3
 HOST_BYTES = 60  # that an update on the host reads and writes, a parameter
 ACCUMULATION_BYTES = 3  # in units of a gradient: both are read, the sum is written
 
@@ -126,6 +128,8 @@ def _update(trained: int, c: Candidate, cluster: Cluster, speeds: Arithmetic, el
     own = trained / (c.data if c.stage else 1)
     times = c.accumulation if c.stage >= 2 and not c.reduce_once else 1
     gradients = times * trained * speeds.gradient_ns / 1e9
+    if c.data > 1 and c.stage < 3:
+        gradients *= 1 + FLAT_COPIES
     if c.offload == "none":
         return gradients + own * speeds.update_ns / 1e9
     host = cluster.host
