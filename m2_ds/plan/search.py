@@ -183,6 +183,11 @@ def _refuse(config: RunConfig) -> None:
         raise ValueError(f"optim.kind is {config.optim.kind}: the planner counts AdamW's memory and time; set adamw")
     if config.lora is not None:
         raise ValueError("lora is set: the planner knows no adapters; leave it out (they need less of everything)")
+    if config.loss.masked:
+        raise ValueError(
+            "loss.cmlm or loss.cmim is set: the planner does not know joint sequences; plan with "
+            "their weights at 0, and leave room (docs/masked.md says what they cost)"
+        )
     if config.engine.fp8:
         raise ValueError("engine.fp8 is set: the planner knows fp32 and bf16; leave it out")
 
