@@ -287,7 +287,7 @@ def count(mesh: Mesh, job: Count) -> Counted:
     batch = random_steps.random_pairs(config, job.pairs, job.lengths, seed=0)
     mesh.traffic.take()
     mask = batch.mask[0]
-    image, text, _ = model(*(x.to(mesh.device) for x in (batch.images, batch.ids[0], mask)))
+    image, text, *_ = model(*(x.to(mesh.device) for x in (batch.images, batch.ids[0], mask)))
     forward, _ = mesh.traffic.take()
     torch.stack([x.square().sum() for x in (*image, *text)]).sum().backward()
     backward, _ = mesh.traffic.take()

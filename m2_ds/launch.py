@@ -1,12 +1,17 @@
 """Starting jobs on this machine through the deepspeed launcher, as a user would type it."""
 
+import contextlib
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+
+import psutil
 
 
 def ranks_of_this_machine() -> int:
@@ -61,8 +66,34 @@ def _launcher(ranks: int) -> list[str]:
 
 
 def _start(command: list[str]) -> int:
+    """Run the launcher. Signals to end go to the ranks themselves, as SIGUSR1: the launcher would kill them soon."""
     print("$", shlex.join(["deepspeed", *command[3:]]), flush=True)
-    return subprocess.run(command, env=_environment()).returncode
+    process = subprocess.Popen(command, env=_environment())
+
+    def forward(number: int, _: FrameType | None) -> None:
+        ranks = _ranks(process.pid)
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(signal.SIGUSR1)
+        if not ranks:
+            process.terminate()
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ranks(launcher: int) -> list[psutil.Process]:
+    """The processes that deepspeed's launcher of this machine has started; none yet, or a launcher of several."""
+    try:
+        inside = psutil.Process(launcher).children(recursive=True)
+        starters = [p for p in inside if "deepspeed.launcher.launch" in " ".join(p.cmdline())]
+        return [rank for starter in starters for rank in starter.children()]
+    except psutil.Error:
+        return []
 
 
 def _environment() -> dict[str, str]:

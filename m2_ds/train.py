@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. optim.lr=1e-3 data.workers=2")
     options = parser.parse_args(arguments)
     try:
-        train(load_config(options.config, options.overrides))
+        code = train(load_config(options.config, options.overrides))
     except (ValueError, FloatingPointError) as error:
         _tell(str(error))
         raise SystemExit(2) from error
@@ -39,18 +39,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _tell(f"another rank has ended, and told its reason above if it could ({lost[0]})")
         raise SystemExit(1) from error
+    sys.exit(code)
 
 
-def train(config: RunConfig) -> None:
-    """Join the job that the launcher started, carry out this rank's part of the run, leave."""
+def train(config: RunConfig) -> int:
+    """Join the job that the launcher started, carry out this rank's part of the run, leave. Returns the exit code."""
+    from m2_ds.engine.interrupt import EXIT_CODE, Interrupted
     from m2_ds.engine.setup import quiet, set_threads
     from m2_ds.parallel.mesh import Mesh
 
     quiet()
     set_threads(config)
     mesh = Mesh.start(config.parallel, config.engine.timeout_minutes, config.engine.build_ops)
-    run(config, mesh)
+    code = 0
+    try:
+        run(config, mesh)
+    except Interrupted as told:
+        code = EXIT_CODE
+        if mesh.is_first:
+            _tell(str(told))
     mesh.stop()  # not after an error: the others would lose their connection before this rank has told its reason
+    return code
 
 
 def run(config: RunConfig, mesh: "Mesh") -> None:

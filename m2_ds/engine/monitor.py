@@ -78,11 +78,14 @@ class Monitor:
         self.clock.take()
         self.mesh.traffic.take()
 
-    def add(self, step: int, batches: Sequence[PairBatch], result: StepResult, waited: float) -> None:
+    def add(
+        self, step: int, batches: Sequence[PairBatch], result: StepResult, waited: float, stop: bool = False
+    ) -> None:
         """Take in the result of step number ``step`` (from 0); write a log line where one is due.
 
-        One is due at every checkpoint, too: a run that goes on from there has lines over the same steps as one that was
-        never interrupted, and a checkpoint is only written after finite numbers.
+        One is due at every checkpoint, too (that of a job told to ``stop`` included): a run that goes on from there
+        has lines over the same steps as one that was never interrupted, and a checkpoint is only written after finite
+        numbers.
         """
         self.results.append(result)
         for batch in batches:
@@ -93,7 +96,7 @@ class Monitor:
             if self.config.loss.masked:
                 self.operations += captions * pairs * self.flops.joint(length, self.config.loss.cmlm.share)
         self.waited += waited
-        if (step + 1) % self.config.log.every == 0 or self.config.checkpoint_due(step + 1):
+        if stop or (step + 1) % self.config.log.every == 0 or self.config.checkpoint_due(step + 1):
             self._reset(self._write(step + 1))
 
     def pause(self, seconds: float) -> None:

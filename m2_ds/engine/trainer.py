@@ -10,6 +10,7 @@ from m2_ds.config import RunConfig
 from m2_ds.data.text import Tokenizer
 from m2_ds.engine import checkpoint
 from m2_ds.engine.batches import StepBatches
+from m2_ds.engine.interrupt import Interrupted, Interruption
 from m2_ds.engine.monitor import Monitor
 from m2_ds.engine.step import ContrastiveStep
 from m2_ds.files import write_json
@@ -46,7 +47,10 @@ class Trainer:
         config, mesh = self.config, self.mesh
         if start:
             log.info("going on after step %d of %d", start, config.steps)
-        with contextlib.closing(StepBatches(config, mesh, self.tokenizer, samples)) as batches:
+        with (
+            contextlib.closing(StepBatches(config, mesh, self.tokenizer, samples)) as batches,
+            Interruption(mesh, start) as interruption,
+        ):
             stream = batches.stream
             with Monitor(config, mesh, self.step, self.languages, start, samples, stream) as monitor:
                 if start and config.evaluation_due(start) and not self._evaluated(start):
@@ -56,22 +60,27 @@ class Trainer:
                     asked = time.perf_counter()
                     pairs = next(batches)
                     waited = time.perf_counter() - asked
-                    monitor.add(step, pairs, self.step(pairs, step), waited)
+                    result = self.step(pairs, step)
+                    stop = interruption.due(step + 1) and step + 1 < config.steps
+                    monitor.add(step, pairs, result, waited, stop)
                     samples += config.global_batch
                     paused = time.perf_counter()
                     with mesh.traffic.left_out():
-                        self._between(step + 1, monitor, None if stream is None else stream.state(samples))
+                        self._between(step + 1, monitor, None if stream is None else stream.state(samples), stop)
                     monitor.pause(time.perf_counter() - paused)
                 monitor.finish()
 
-    def _between(self, done: int, monitor: Monitor, stream: dict[str, Any] | None) -> None:
+    def _between(self, done: int, monitor: Monitor, stream: dict[str, Any] | None, stop: bool) -> None:
         """Checkpoint and evaluation, where step number ``done`` (from 1) calls for them.
 
-        ``stream``: where it stands, on ranks that read it.
+        ``stream``: where it stands, on ranks that read it. ``stop``: the job was told to end; Interrupted is raised
+        behind the checkpoint, and an evaluation that is due is made when the run goes on.
         """
-        if self.config.checkpoint_due(done):
+        if stop or self.config.checkpoint_due(done):
             path = checkpoint.save(self.engine, self.model, done, self.config, self.tokenizer, self.mesh, stream)
             log.info("checkpoint %s", path)
+        if stop:
+            raise Interrupted(done)
         if self.config.evaluation_due(done):
             self._evaluate(done, monitor)
 

@@ -52,6 +52,14 @@ class Board:
         """Leave a note of this rank's."""
         self._store.set(f"{name}/{self.rank}", json.dumps(value))
 
+    def agree(self, name: str, value: Any) -> Any:
+        """The value of the rank that was first to propose one: ``value``, if it was this one."""
+        return json.loads(self._store.compare_set(name, "", json.dumps(value)))
+
+    def agreed(self, name: str) -> Any:
+        """What ranks agreed on; None where none has proposed anything yet. Does not wait."""
+        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+
     def read(self, name: str, rank: int, limit_s: float) -> Any:
         """The note of a rank, waited for. Raises TimeoutError if it is not there within ``limit_s`` seconds."""
         key = f"{name}/{rank}"

@@ -13,14 +13,14 @@ def install(fault: str) -> None:
     step, write = ContrastiveStep.__call__, checkpoint._write
     done = 0
 
-    def failing_step(self: ContrastiveStep, batch: Any) -> Any:
+    def failing_step(self: ContrastiveStep, *arguments: Any) -> Any:
         nonlocal done
         done += 1
         if done == 3 and fault == "value":
             raise ValueError("slot 41: no usable pair in 11 tries")
         if done == 3 and fault == "crash":
             raise RuntimeError("something that nobody thought of")
-        return step(self, batch)
+        return step(self, *arguments)
 
     def full_disk(*arguments: Any) -> Any:
         if fault == "disk":

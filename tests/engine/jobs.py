@@ -47,12 +47,12 @@ def stopped_after(steps: int | None) -> Iterator[None]:
 
     original, done = ContrastiveStep.__call__, 0
 
-    def call(self: ContrastiveStep, batch: Any) -> Any:
+    def call(self: ContrastiveStep, *arguments: Any) -> Any:
         nonlocal done
         if done == steps:
             raise Interrupted
         done += 1
-        return original(self, batch)
+        return original(self, *arguments)
 
     ContrastiveStep.__call__ = call  # type: ignore[method-assign]
     try:

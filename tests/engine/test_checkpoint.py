@@ -369,8 +369,8 @@ def test_weights_that_are_not_finite_are_not_written(
 ) -> None:
     original = ContrastiveStep.__call__
 
-    def spoil(self: ContrastiveStep, batch: Any) -> Any:
-        result = original(self, batch)
+    def spoil(self: ContrastiveStep, *arguments: Any) -> Any:
+        result = original(self, *arguments)
         with torch.no_grad():
             self.passes.engine.module.itc_vl_text_proj.fc.weight[3, 5] = float("inf")
         return result

@@ -43,9 +43,9 @@ def test_another_global_batch_goes_on_with_the_next_unseen_pair(
     slots: list[int] = []
     step = ContrastiveStep.__call__
 
-    def spied(self: ContrastiveStep, batches: Sequence[PairBatch]) -> StepResult:
+    def spied(self: ContrastiveStep, batches: Sequence[PairBatch], number: int) -> StepResult:
         slots.extend(sorted(slot for batch in batches for slot in batch.slot.tolist()))
-        return step(self, batches)
+        return step(self, batches, number)
 
     monkeypatch.setattr(ContrastiveStep, "__call__", spied)
     with caplog.at_level(logging.WARNING):

@@ -32,11 +32,9 @@ CODES = (
 def test_gradients_are_those_of_one_giant_batch(recipe: dict[str, Any], deepspeed_files: dict[str, Path]) -> None:
     cases = [
         Case("zero0", 1, 2, changes=RANDOM),
-        Case("zero1", 2, 1, changes=ATTENTIVE),
         Case("zero1", 2, 2, changes=(*ATTENTIVE, ("model.recompute", "full"))),
         Case("zero2", 1, 3, kept=2, changes=CODES),
         Case("zero3", 2, 2, changes=ATTENTIVE),
-        Case("zero3", 2, 1, changes=WORDS),
         Case("zero1", 2, 2, partial=1, changes=RANDOM),
         Case("zero1", 2, 2, partial=0, changes=PATCHES),
     ]

@@ -103,7 +103,7 @@ def test_what_trains_is_what_gets_a_gradient(loss: LossConfig, left: tuple[str, 
     model = M2Encoder(M2EncoderConfig.preset("test"))
     freeze_unreached(model, loss)
     ids = torch.ones(2, 3, dtype=torch.int64)
-    image, text, ((scale, vl_scale), _) = model(torch.rand(2, 3, 32, 32), ids, ids)
+    image, text, ((scale, vl_scale), _), _ = model(torch.rand(2, 3, 32, 32), ids, ids)
     total = torch.zeros(())
     if loss.unimodal_weight:
         total = total + (image.unimodal @ text.unimodal.T).sum() * scale.sum()

@@ -19,7 +19,7 @@ def every_layout(ranks: int) -> list[Case]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_are_those_of_one_giant_batch_a_group(
     recipe: dict[str, Any], deepspeed_files: dict[str, Path], ranks: int
 ) -> None:

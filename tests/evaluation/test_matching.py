@@ -79,15 +79,20 @@ def test_words_are_told_from_the_picture_and_captions_from_their_twins(
     assert found["colours/test/en/hard_negatives/all/accuracy"] < 100  # the embeddings never learnt anything
 
 
-def tell(mesh: Mesh, learnt: tuple[M2Encoder, Processor], config: EvaluationConfig) -> dict[str, float]:
+def tell(
+    mesh: Mesh, config: M2EncoderConfig, state: dict[str, torch.Tensor], weights: Path, asked: EvaluationConfig
+) -> dict[str, float]:
     torch.set_num_threads(1)
-    return run_evaluations(*learnt, config, group=mesh.data_parallel)
+    model = M2Encoder(config)
+    model.load_state_dict(state)
+    return run_evaluations(model.eval(), Processor(32, load_tokenizer(weights)), asked, group=mesh.data_parallel)
 
 
 @pytest.mark.distributed
-def test_several_ranks_tell_the_same(colours: Dataset, learnt: tuple[M2Encoder, Processor]) -> None:
+def test_several_ranks_tell_the_same(colours: Dataset, learnt: tuple[M2Encoder, Processor], weights: Path) -> None:
+    model, _ = learnt
     alone = run_evaluations(*learnt, tasks(colours))
-    for found in run_ranks(2, tell, learnt, tasks(colours)):
+    for found in run_ranks(2, tell, model.config, dict(model.state_dict()), weights, tasks(colours)):
         assert found == pytest.approx(alone)
 
 

@@ -124,7 +124,7 @@ def test_captions_are_scored_by_each_word_hidden_once(model: M2Encoder, tokenize
             states = model.fuse(images[n : n + 1], hidden, torch.ones_like(hidden))[0, 17:][place]
             head = model.masked_text_head
             scores = head.vocabulary(head.transform(states)).log_softmax(-1)
-            total += float(scores.gather(1, ids[n, place][:, None]).sum())
+            total += scores.gather(1, ids[n, place][:, None]).sum().item()
             told += bool((scores.argmax(1) == ids[n, place]).all())
         assert float(found[n]) == pytest.approx(total / int((number > 0).sum()), rel=1e-5)
         assert (int(right[n]), int(count[n])) == (told, int(number.max()))
