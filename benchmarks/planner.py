@@ -13,8 +13,6 @@ Results go to benchmarks/results/planner.json and .md.
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,11 +21,12 @@ from typing import Any, Literal
 
 import tyro
 from model_parallel import facts, table
+from tables import publish
 
 from m2_ds.config import RunConfig
 from m2_ds.plan.cluster import Cluster, load_cluster
 from m2_ds.plan.layout import Candidate, Load
-from m2_ds.plan.measure import measure_machine
+from m2_ds.plan.measure import measure_machine, start_ranks
 from m2_ds.plan.search import Planner, Prediction
 from m2_ds.plan.trial import Clock, trial_tree
 
@@ -110,23 +109,10 @@ def jobs() -> list[Job]:
 
 def launch(what: str, of: list[Job], steps: int, clock: Clock = "wall") -> Iterator[list[float]]:
     """By job what each of its ranks found, as they end; the jobs have as many ranks and run one after another."""
-    ranks = of[0].ranks
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     more = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if what == "memory" else {}
-    threads = 1 if clock == "cpu" else max(1, len(os.sched_getaffinity(0)) // ranks)
-    processes = []
-    for rank in range(ranks):
-        environment = {
-            **os.environ, **more, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu",
-        }  # fmt: skip
-        asked = json.dumps([{"tree": job.tree, "lengths": LENGTHS} for job in of])
-        command = [sys.executable, str(HERE / "planner_rank.py"), what, asked, str(steps), clock]
-        out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
+    asked = json.dumps([{"tree": job.tree, "lengths": LENGTHS} for job in of])
+    command = [sys.executable, str(HERE / "planner_rank.py"), what, asked, str(steps), clock]
+    processes = start_ranks(command, of[0].ranks, clock, more)
     try:
         assert processes[0].stdout is not None
         answers = (line for line in processes[0].stdout if line.startswith("["))
@@ -211,8 +197,7 @@ def write_results(out: Path, path: Path, there: Cluster, found: dict[str, dict[s
         summary(content, "step_s", TIME_GOAL),
     ]
     text = "\n".join(["# Predicted and measured: memory and step time", "", *lines]) + "\n"
-    out.write_text(json.dumps({"machine": facts(), "layouts": content}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(text)
+    publish(out, {"machine": facts(), "layouts": content}, text)
 
 
 def entry_of(job: Job, cluster: Cluster, measured: dict[str, float]) -> dict[str, Any]:

@@ -72,8 +72,11 @@ def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S, clock:
     return "# Written by m2 plan --measure.\n" + yaml.safe_dump(tree, sort_keys=False, width=120, allow_unicode=True)
 
 
-def _run(what: str, ranks: int, budget_s: float, clock: Clock, more: dict[str, str] | None = None) -> str:
-    """The first rank's answer to ``what``; all ranks work at once, each on its share of the cores."""
+def start_ranks(command: list[str], ranks: int, clock: Clock, more: dict[str, str]) -> list[subprocess.Popen[str]]:
+    """A job of ``ranks`` processes on this machine, each with its share of the cores; the first one's output is piped.
+
+    ``more``: into their environment.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -81,13 +84,19 @@ def _run(what: str, ranks: int, budget_s: float, clock: Clock, more: dict[str, s
     processes = []
     for rank in range(ranks):
         environment = {
-            **os.environ, **(more or {}), "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
+            **os.environ, **more, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
-        command = [sys.executable, "-m", "m2_ds.plan.measure_rank", what, str(budget_s), clock]
         out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         processes.append(subprocess.Popen(command, env=environment, stdout=out, text=True))
+    return processes
+
+
+def _run(what: str, ranks: int, budget_s: float, clock: Clock, more: dict[str, str] | None = None) -> str:
+    """The first rank's answer to ``what``; all ranks work at once."""
+    command = [sys.executable, "-m", "m2_ds.plan.measure_rank", what, str(budget_s), clock]
+    processes = start_ranks(command, ranks, clock, more or {})
     try:
         answer, _ = processes[0].communicate()
         codes = [process.wait() for process in processes]
