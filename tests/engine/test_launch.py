@@ -86,6 +86,7 @@ def test_a_launcher_trains(tree: dict[str, Any], tmp_path: Path, name: str) -> N
     assert "step 4/4" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_groups_and_micro_batches_by_the_launcher(tree: dict[str, Any], tmp_path: Path) -> None:
     """Each rank on its own, in two micro-batches; and a node is what the launcher says it is."""
