@@ -41,11 +41,6 @@ class _Task(Settings):
     def title(self) -> str:
         return self.name or _folder_name(self.place)
 
-    @property
-    def metric(self) -> str:
-        """What is measured: two tasks of one data set may not measure the same."""
-        return "/".join(str(getattr(self, name)) for name in ("kind", "score") if hasattr(self, name))
-
     def _reads_one_of(self, **others: Path | str | None) -> None:
         places: dict[str, Path | str | None] = {"dataset": self.dataset, **others}
         given = [name for name, value in places.items() if value is not None]
@@ -173,6 +168,10 @@ class HiddenWordsTask(_Task):
 Task = Annotated[RetrievalTask | ZeroShotTask | HardNegativesTask | HiddenWordsTask, Field(discriminator="kind")]
 
 
+def _measured(task: Task) -> tuple[str, ...]:
+    return (task.kind, task.score) if task.kind == "hard_negatives" else (task.kind,)
+
+
 class EvaluationConfig(Settings):
     """What is measured while training and by `m2 evaluate`."""
 
@@ -189,7 +188,7 @@ class EvaluationConfig(Settings):
         seen = set()
         for task in self.tasks:
             for part in task.parts:
-                if (place := (task.metric, task.title, part)) in seen:
+                if (place := (*_measured(task), task.title, part)) in seen:
                     raise ValueError(f"two {task.kind} tasks write {task.title}/{part}: give one of them another name")
                 seen.add(place)
         return self

@@ -14,6 +14,7 @@ from m2_ds.evaluation.embed import Processor
 from m2_ds.evaluation.sources import Decode, Source
 from m2_ds.model.encoder import M2Encoder
 from m2_ds.model.masked import caption_scores, told_words
+from m2_ds.model.masking import word_numbers
 from m2_ds.parallel.mesh import Group
 
 GREY = 128
@@ -62,11 +63,15 @@ class Matching:
 
     def told(self, pairs: Sequence[tuple[int, str]], what: str) -> Tensor:
         """fp32 [P, 3]: how many words of each caption there are, are told, and are told from a grey picture."""
+        most = None
+        if self.group.size > 1:  # every rank runs as often as the others, whatever captions it got
+            ids, mask = (x.to(self.device) for x in self.processor.texts([text for _, text in pairs]))
+            most = int(word_numbers(ids, mask, self.words).max())
 
         def tell(images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
             grey = torch.full_like(images, GREY)
-            right, count = told_words(self.model, images, ids, mask, self.words)
-            blind, _ = told_words(self.model, grey, ids, mask, self.words)
+            right, count = told_words(self.model, images, ids, mask, self.words, most)
+            blind, _ = told_words(self.model, grey, ids, mask, self.words, most)
             return torch.stack([count, right, blind], dim=1)
 
         return self._computed(pairs, tell, what)

@@ -208,28 +208,34 @@ def caption_scores(
     return -told[0] / told[2].clamp(min=1)
 
 
-def told_words(model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tensor, words: Words) -> tuple[Tensor, Tensor]:
-    """How many words of each caption the model tells wholly right, hidden one at a time, and how many it has: [n]."""
-    _, wrong = _tell(model, images, ids, mask, words, ids.shape[1])
+def told_words(
+    model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tensor, words: Words, most: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """How many words of each caption the model tells wholly right, hidden one at a time, and how many it has: [n].
+
+    ``most``: forwards to make, as many as any caption has words; None: as these have.
+    """
     count = word_numbers(ids, mask, words).amax(1)
+    _, wrong = _tell(model, images, ids, mask, words, int(count.max()) if most is None else most)
     return count - wrong, count
 
 
 def _tell(
     model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tensor, words: Words, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """`MaskedSums.told` [3, n] of all rounds, word w hidden in round w modulo ``rounds``; rounds with an error [n]."""
+    """`MaskedSums.told` [3, n] of all rounds, word w hidden in round w modulo ``rounds``; rounds with an error [n].
+
+    There are ``rounds`` forwards whatever the captions: ranks that share partitioned weights run equally often.
+    """
     if not model.config.masked_text_head:
         raise ValueError("this model has no head that tells hidden words; train one with loss.cmlm.weight above 0")
     number = word_numbers(ids, mask, words)
     tokens, real = model.backbone.vision_embed(images), torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     sums, wrong = torch.zeros(3, len(ids), device=ids.device), torch.zeros(len(ids), device=ids.device)
-    split, valid = tokens.shape[1], joint_valid(mask.bool(), tokens.shape[1], 1)
-    for turn in range(min(rounds, ids.shape[1])):
+    for turn in range(rounds):
         hidden = MaskedInputs((number > 0) & ((number - 1) % rounds == turn), words.mask_id, None, 0, None, real)
-        x = model.enter_jointly(tokens, hidden.ids(ids), None)
-        x = model.backbone_vl(model.backbone.encoder(x, split, valid), split, valid)
-        told = text_sums(model.masked_text_head, x[:, split:], ids, hidden)[1].float()
+        states = _joint_states(model, tokens, hidden.ids(ids), mask)[:, tokens.shape[1] :]
+        told = text_sums(model.masked_text_head, states, ids, hidden)[1].float()
         sums, wrong = sums + told, wrong + (told[1] < told[2])
     return sums, wrong
 
@@ -237,7 +243,8 @@ def _tell(
 def guess_words(model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tensor, hidden: Tensor, mask_id: int) -> Tensor:
     """Captions [n, L] with the likeliest tokens in place of those ``hidden`` (bool [n, L]), all told at once."""
     inputs = MaskedInputs(hidden, mask_id, None, 0, None, hidden.any(1))
-    states = _joint_states(model, images, inputs.ids(ids), mask, None)[:, -ids.shape[1] :][hidden]
+    tokens = model.backbone.vision_embed(images)
+    states = _joint_states(model, tokens, inputs.ids(ids), mask)[:, tokens.shape[1] :][hidden]
     head = model.masked_text_head
     return ids.masked_scatter(hidden, head.vocabulary(head.transform(states)).argmax(1))
 
@@ -251,7 +258,8 @@ def rebuild_patches(model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tenso
     config = model.config
     if config.masked_image_head != config.patch_values:
         raise ValueError("this model has no head that tells pixels; train one with loss.cmim (targets: pixels)")
-    states = _joint_states(model, images, ids, mask, hidden)[:, 1 : 1 + config.num_patches]
+    tokens = model.backbone.vision_embed(images)
+    states = _joint_states(model, tokens, ids, mask, hidden)[:, 1 : tokens.shape[1]]
     pixels = pixels_of(images, config.patch_size)
     _, mean, deviation = pixel_targets(pixels)
     told = model.masked_image_head(states) * deviation + mean
@@ -259,9 +267,10 @@ def rebuild_patches(model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tenso
     return F.fold(squares.transpose(1, 2), config.image_size, config.patch_size, stride=config.patch_size)
 
 
-def _joint_states(model: "M2Encoder", images: Tensor, ids: Tensor, mask: Tensor, patches: Tensor | None) -> Tensor:
-    """[n, P + 1 + L, D]"""
-    x = model.enter_jointly(model.backbone.vision_embed(images), ids, patches)
-    split = x.shape[1] - ids.shape[1]
-    valid = joint_valid(mask.bool(), split, 1)
+def _joint_states(
+    model: "M2Encoder", tokens: Tensor, ids: Tensor, mask: Tensor, patches: Tensor | None = None
+) -> Tensor:
+    """[n, P + 1 + L, D] from pictures' tokens [n, P + 1, D] and captions."""
+    split, valid = tokens.shape[1], joint_valid(mask.bool(), tokens.shape[1], 1)
+    x = model.enter_jointly(tokens, ids, patches)
     return model.backbone_vl(model.backbone.encoder(x, split, valid), split, valid)

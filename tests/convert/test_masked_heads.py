@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 import m2_ds
 from m2_ds.convert.canonical import read_weights, write_config
+from m2_ds.convert.hugging_face import M2EncoderModel
 from m2_ds.convert.hugging_face.export import export
 from m2_ds.convert.release import read_release
 from m2_ds.data.text import Tokenizer
@@ -48,8 +49,6 @@ def test_a_published_folder_has_none_and_transformers_loads_both(
     export(model, tokenizer, tmp_path / "published")
     assert not any(name.startswith(MASKED_HEADS) for name in load_file(tmp_path / "published" / "model.safetensors"))
     assert not json.loads((tmp_path / "published" / "config.json").read_text())["masked_text_head"]
-    from m2_ds.convert.hugging_face import M2EncoderModel
-
     for folder in (tmp_path / "published", trained):
         loaded = M2EncoderModel.from_pretrained(folder)
         assert isinstance(loaded, M2EncoderModel) and loaded.config.network().vocab_size == CONFIG.vocab_size

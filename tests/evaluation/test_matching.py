@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from m2_ds.api import Processor
+from m2_ds.data.image import decode
 from m2_ds.data.reader import Dataset
 from m2_ds.data.text import load_tokenizer
 from m2_ds.evaluation.config import EvaluationConfig
@@ -17,6 +18,7 @@ from m2_ds.model.masked import MaskedInputs, pixels_of, rebuild_patches
 from m2_ds.model.masking import hide_patches, hide_words
 from m2_ds.model.random import Noise
 from m2_ds.model.weights import init_weights
+from m2_ds.parallel.collectives import all_gather_objects
 from m2_ds.parallel.mesh import Mesh
 from tests.support.ranks import run_ranks
 
@@ -32,8 +34,6 @@ def learnt(colours: Dataset, weights: Path) -> tuple[M2Encoder, Processor]:
     model, processor = M2Encoder(config), Processor(config.image_size, tokenizer)
     init_weights(model, config, seed=0)
     records = [record for record in colours.split("test").read(range(6)) for _ in range(2)]
-    from m2_ds.data.image import decode
-
     images = processor.images([decode(record.image) for record in records])
     texts = [record.captions[0 if place % 2 else 2].text for place, record in enumerate(records)]
     ids, mask = processor.texts(texts)
@@ -85,7 +85,16 @@ def tell(
     torch.set_num_threads(1)
     model = M2Encoder(config)
     model.load_state_dict(state)
-    return run_evaluations(model.eval(), Processor(32, load_tokenizer(weights)), asked, group=mesh.data_parallel)
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    model.backbone_vl.register_forward_hook(count)
+    found = run_evaluations(model.eval(), Processor(32, load_tokenizer(weights)), asked, group=mesh.data_parallel)
+    assert len(set(all_gather_objects(forwards, mesh.world))) == 1, "partitioned weights need as many on every rank"
+    return found
 
 
 @pytest.mark.distributed
