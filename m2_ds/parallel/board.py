@@ -3,11 +3,13 @@
 It works where groups cannot be made, and so can tell why they cannot. A job of one process keeps its notes to itself.
 """
 
+import contextlib
 import datetime
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -54,11 +56,13 @@ class Board:
 
     def agree(self, name: str, value: Any) -> Any:
         """The value of the rank that was first to propose one: ``value``, if it was this one."""
-        return json.loads(self._store.compare_set(name, "", json.dumps(value)))
+        with _told():
+            return json.loads(self._store.compare_set(name, "", json.dumps(value)))
 
     def agreed(self, name: str) -> Any:
         """What ranks agreed on; None where none has proposed anything yet. Does not wait."""
-        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+        with _told():
+            return json.loads(self._store.get(name)) if self._store.check([name]) else None
 
     def read(self, name: str, rank: int, limit_s: float) -> Any:
         """The note of a rank, waited for. Raises TimeoutError if it is not there within ``limit_s`` seconds."""
@@ -68,6 +72,15 @@ class Board:
             return json.loads(self._store.get(key))
         except RuntimeError as error:  # of the store: too late, or its connection is lost
             raise TimeoutError(f"rank {rank} left no note {name!r} within {limit_s:.0f} s") from error
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A store that is gone is a first rank that is gone, in the words of a collective that meets with it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"the first rank's store is gone: Connection closed by peer ({error})") from error
 
 
 def _await_connection(host: str, port: int, deadline: float) -> None:

@@ -52,3 +52,17 @@ def test_over_the_address_of_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     second = Board.join(10)
     second.write("hello", "from 1")
     assert first.read("hello", 1, 10) == "from 1"
+
+
+def test_ranks_agree_on_the_first_value_and_see_a_store_that_is_gone() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first = dist.TCPStore("127.0.0.1", port, 2, True, wait_for_workers=False)
+    one, other = Board(first, 0, 2), Board(dist.TCPStore("127.0.0.1", port, 2, False), 1, 2)
+    assert other.agreed("stop") is None
+    assert other.agree("stop", 7) == 7 == one.agree("stop", 8) == one.agreed("stop")
+    del one, first
+    with pytest.raises(RuntimeError, match="first rank's store is gone: Connection closed by peer"):
+        for _ in range(3):
+            other.agreed("stop")
