@@ -19,7 +19,7 @@ from m2_ds.config import RunConfig, load_config
 if TYPE_CHECKING:
     from m2_ds.parallel.mesh import Mesh
 
-REPEAT_AFTER_S = 3.0
+REPEAT_AFTER_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
