@@ -6,9 +6,9 @@ How a model is sharded is decided by which of the two it is given.
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from m2_ds.model.kernels import TORCH, Kernels, queries_apart
+from m2_ds.parallel.rows import Undivided, told
 
 
 class Layers(Protocol):
@@ -43,13 +43,12 @@ class QueryKeyValue(nn.Linear):
 
 
 class Vocabulary(nn.Linear):
-    """Scores of every token: [R, D] -> [R, V]."""
+    """Scores of every token: [R, D] -> [R, V]; with ids [R] their cross entropy and hits (`parallel.rows.told`)."""
 
-    @staticmethod
-    def told(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy [R] in fp32 with ids [R], and whether the likeliest token is the right one, bool [R]."""
-        scores = scores.float()
-        return F.cross_entropy(scores, targets, reduction="none"), scores.argmax(1) == targets
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        if targets is None:
+            return super().forward(x)
+        return told(x, self.weight, self.bias, targets, Undivided(self.out_features))
 
 
 class WholeLayers:

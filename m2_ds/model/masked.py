@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from m2_ds.model.layers import Layers
 from m2_ds.model.masking import hide_attended, word_numbers
 from m2_ds.model.random import Noise
-from m2_ds.parallel.rows import in_parts
 from m2_ds.words import Words
 
 if TYPE_CHECKING:
@@ -129,10 +128,8 @@ class TextHead(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """States [R, D], ids [R] -> cross entropy [R] in fp32, and whether the likeliest token is right [R]."""
-        return in_parts(self._told, self.transform(x), targets, self.vocabulary.out_features)
-
-    def _told(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return self.vocabulary.told(self.vocabulary(x), targets)
+        losses, right = self.vocabulary(self.transform(x), targets)
+        return losses, right
 
 
 class ImageHead(nn.Module):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from m2_ds.parallel.collectives import all_gather_rows, reduce_scatter_rows, start_all_reduce
+from m2_ds.parallel.collectives import all_gather_rows, all_reduce_sum, reduce_scatter_rows, start_all_reduce
 from m2_ds.parallel.mesh import Group
+from m2_ds.parallel.rows import told
 from m2_ds.parallel.split import Split, mark
 
 LAYERS, NORMS = "tensor parallel", "tensor parallel norms"  # kinds of traffic
@@ -247,21 +248,27 @@ class VocabularyColumns(ColumnLinear):
         for parameter in (self.weight, self.bias):
             mark(parameter, self.held)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+        """With ids [R]: their cross entropy and hits (`parallel.rows.told`), on every rank."""
+        if targets is not None:
+            return told(x, self.weight, self.bias, targets, _VocabularyShares(self.held, self.region.group))
         scores = super().forward(x)
         if self.held.length == self.out_features:
             return scores
         rows = torch.arange(self.out_features, device=x.device)
         return scores.masked_fill(rows >= self.held.length, -torch.inf)  # those that stand for no token
 
-    def told(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy [R] in fp32 with ids [R], and whether the likeliest token is the right one, bool [R]."""
-        scores, own = scores.float(), targets - self.held.start
-        with torch.no_grad():
-            elsewhere = (own < 0) | (own >= self.held.length)
-            wanted = scores.gather(1, own.masked_fill(elsewhere, 0)[:, None])[:, 0].masked_fill(elsewhere, -torch.inf)
-            best = all_gather_rows(torch.stack([scores.amax(1), wanted])[None], self.region.group, LAYERS).amax(0)
-        return token_cross_entropy(scores, targets), best[0] == best[1]
+
+class _VocabularyShares:
+    def __init__(self, held: Split, group: Group) -> None:
+        self.start, self.length, self.group = held.start, held.length, group
+
+    def whole(self, statistics: Tensor) -> Tensor:
+        normaliser, best, wanted = all_gather_rows(statistics[None], self.group, LAYERS).unbind(1)
+        return torch.stack([normaliser.logsumexp(0), best.amax(0), wanted.amax(0)])
+
+    def summed(self, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient, self.group, LAYERS)
 
 
 class TokenNorm(nn.LayerNorm):
@@ -337,11 +344,6 @@ class TensorParallelLayers:
     def own(self, x: Tensor) -> Tensor:
         """Of something that every token has one of, those of this rank's tokens."""
         return x.chunk(self.group.size)[self.group.rank] if self.region.sequence else x
-
-
-def token_cross_entropy(logits: Tensor, targets: Tensor) -> Any:
-    """Cross entropy by token, [...], of logits [..., V / r] cut over the vocabulary, and whole ``targets`` [...]."""
-    return _megatron.vocab_parallel_cross_entropy(logits, targets)
 
 
 def _options(group: Group, linear: bool = True) -> dict[str, Any]:

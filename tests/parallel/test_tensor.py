@@ -57,19 +57,29 @@ def test_a_norm_over_a_cut_width_is_exact(ranks: int) -> None:
 
 
 def cross_entropies(mesh: Mesh) -> float:
-    from m2_ds.parallel.tensor import token_cross_entropy
+    """21 tokens over 2 ranks (one row stands for none), 9 states in parts of 4, against all scores at once."""
+    from m2_ds.parallel import rows
+    from m2_ds.parallel.tensor import VocabularyColumns
 
+    rows.SCORES, rows.LEAST_ROWS = 4, 4
     mesh = mesh.with_layout(ParallelConfig(tensor_parallel_size=2))
     g = torch.Generator().manual_seed(1)
-    logits, targets = torch.randn(5, 4, 20, generator=g), torch.randint(0, 20, (5, 4), generator=g)
-    whole = logits.clone().requires_grad_()
-    wanted = F.cross_entropy(whole.flatten(0, 1), targets.flatten(), reduction="none").view(5, 4)
-    wanted.sum().backward()
-    own = logits.chunk(2, -1)[mesh.rank].clone().requires_grad_()
-    found = token_cross_entropy(own.clone(), targets)
-    found.sum().backward()
-    assert own.grad is not None and whole.grad is not None
-    assert_close(own.grad, whole.grad.chunk(2, -1)[mesh.rank])
+    x, weight, bias = (torch.randn(*shape, generator=g).requires_grad_() for shape in [(9, 6), (21, 6), (21,)])
+    targets, scale = torch.randint(0, 21, (9,), generator=g), torch.rand(9, generator=g)
+    scores = F.linear(x, weight, bias)
+    wanted = F.cross_entropy(scores, targets, reduction="none")
+    expected = torch.autograd.grad(wanted @ scale, [x, weight, bias])
+    columns = VocabularyColumns(6, 21, mesh.tensor)
+    held = slice(columns.held.start, columns.held.start + columns.held.length)
+    with torch.no_grad():
+        columns.weight[: columns.held.length], columns.bias[: columns.held.length] = weight[held], bias[held]
+    found, right = columns(x, targets)
+    assert right.tolist() == (scores.argmax(1) == targets).tolist()
+    of_x, of_weight, of_bias = torch.autograd.grad(found @ scale, [x, columns.weight, columns.bias])
+    assert_close(of_x, expected[0])
+    assert_close(of_weight[: columns.held.length], expected[1][held])
+    assert_close(of_bias[: columns.held.length], expected[2][held])
+    assert not of_weight[columns.held.length :].any()
     return float((found - wanted).abs().max())
 
 
