@@ -128,6 +128,7 @@ class Monitor:
         numbers: dict[str, Any] = {
             "step": done,
             "samples": self._samples(done),
+            "time": round(time.time(), 3),
             "loss": sum(w * float(x) for w, x in zip(weights, by_level)),
             **{f"loss/{name}": float(x) for name, x in zip(self.levels, by_level)},
             **{f"loss/{lang}": float(x) for lang, x in zip(self.languages, loss.mean(0) / count)},
@@ -233,7 +234,7 @@ class _Sinks:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            if name not in ("step", "samples"):
+            if name not in ("step", "samples", "time"):
                 self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)

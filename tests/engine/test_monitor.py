@@ -20,7 +20,7 @@ from m2_ds.train import run
 from tests.engine.jobs import Interrupted, changed, config_of, curve, log_lines, stopped_after
 
 FIELDS = {
-    *("step", "samples", "loss", "loss/unimodal", "loss/vl", "loss/en", "loss/zh", "lr", "grad_norm"),
+    *("step", "samples", "time", "loss", "loss/unimodal", "loss/vl", "loss/en", "loss/zh", "lr", "grad_norm"),
     *("logit_scale/unimodal", "logit_scale/vl", "samples_per_s", "step_s", "data_wait_s", "data_wait_share"),
     *(
         "tflops",
@@ -76,7 +76,7 @@ def test_lines_are_means_over_their_steps(solo: Mesh, recipe: dict[str, Any], fo
 def test_the_curves_are_in_tensorboard(folder: Path) -> None:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert FIELDS - {"step", "samples", "skipped"} <= set(events.Tags()["scalars"])
+    assert FIELDS - {"step", "samples", "time", "skipped"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [4, 5, 8, 10]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(curve(folder).tolist(), rel=1e-6)
 
