@@ -27,7 +27,7 @@ FLOORS: dict[str, int] = {
             ("model", "loss"),
             ("evaluation", "convert", "prepare", "config", "api"),
             ("engine", "plan", "cluster"),
-            ("train", "evaluate", "export", "launch", "cli", "commands", "quickstart", "doctor"),
+            ("train", "evaluate", "export", "launch", "cli", "commands", "quickstart", "doctor", "watch"),
         ]
     )
     for room in rooms
