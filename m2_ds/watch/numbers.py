@@ -111,7 +111,7 @@ def recalls(metrics: dict[str, float]) -> dict[str, float]:
         place, _, metric = name.rpartition("/")
         if metric == "mean_recall":
             found[place] = value
-        elif metric == "top1" or (metric == "accuracy" and place.endswith("/all")):
+        elif metric == "top1" or (metric == "accuracy" and place.endswith(("/all", "/hidden_words"))):
             found[f"{place.removesuffix('/all')}/{metric}"] = value
     return found
 
