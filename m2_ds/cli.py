@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export onnx": ("m2_ds.export:onnx", "both towers as ONNX graphs for servers, checked against torch; also in int8"),
     "plan": ("m2_ds.plan.command:plan", "layouts of a model on a cluster: memory, traffic, time, and a recipe"),
     "watch": ("m2_ds.watch.command:watch", "runs while they go on: on the terminal, as a page, for Prometheus"),
+    "profile": ("m2_ds.watch.command:profile", "ask a running job for a trace of its next steps"),
     "report": ("m2_ds.commands:report", "write a run folder's page again"),
     "data emoji": ("m2_ds.data.sources.emoji:build", "fetch and build the emoji set: seven styles, two languages"),
     "data scenes": ("m2_ds.data.sources.scenes:build", "generate scenes with exact hard negatives"),

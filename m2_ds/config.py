@@ -82,6 +82,19 @@ class CheckpointConfig(Settings):
     )
 
 
+class ProfileConfig(Settings):
+    """Steps that torch's profiler records."""
+
+    start: int = Field(ge=1, description="the first traced step, from 1")
+    steps: int = Field(5, ge=1, le=100, description="traced steps; a trace grows by megabytes a step")
+    ranks: list[Annotated[int, Field(ge=0)]] | Literal["all"] = Field(
+        [0], min_length=1, description="ranks that write a trace: [0, 3], or all"
+    )
+
+    def takes(self, rank: int) -> bool:
+        return self.ranks == "all" or rank in self.ranks
+
+
 class LogConfig(Settings):
     """Where numbers go. JSONL and TensorBoard are always written."""
 
@@ -90,6 +103,7 @@ class LogConfig(Settings):
     peak_tflops: float | None = Field(
         None, gt=0, description="dense peak of one device for MFU; known GPUs are looked up, a CPU has none"
     )
+    profile: ProfileConfig | None = Field(None, description="trace some steps by torch's profiler: {start: 100}")
 
 
 class EngineConfig(Settings):
@@ -204,6 +218,8 @@ class RunConfig(Settings):
                 f"loss.form is {self.loss.form}, model.logit_bias is {self.model.logit_bias}: the sigmoid loss "
                 "needs the bias, and no other uses it"
             )
+        if self.log.profile is not None and self.log.profile.start > self.steps:
+            raise ValueError(f"log.profile.start {self.log.profile.start} lies behind the last step, {self.steps}")
         self._check_layout()
         self._check_masked()
         if self.lora is not None:

@@ -12,6 +12,7 @@ from m2_ds.engine import checkpoint
 from m2_ds.engine.batches import StepBatches
 from m2_ds.engine.interrupt import Interrupted, Interruption
 from m2_ds.engine.monitor import Monitor
+from m2_ds.engine.profiling import Profiler
 from m2_ds.engine.step import ContrastiveStep
 from m2_ds.files import write_json
 from m2_ds.model.encoder import M2Encoder
@@ -50,12 +51,14 @@ class Trainer:
         with (
             contextlib.closing(StepBatches(config, mesh, self.tokenizer, samples)) as batches,
             Interruption(mesh, start) as interruption,
+            Profiler(config, mesh, self.step.clock) as profiler,
         ):
             stream = batches.stream
             with Monitor(config, mesh, self.step, self.languages, start, samples, stream) as monitor:
                 if start and config.evaluation_due(start) and not self._evaluated(start):
                     self._evaluate(start, monitor)  # the job ended between this checkpoint and its evaluation
                 self.engine.train()
+                profiler.between(start)
                 for step in range(start, config.steps):
                     asked = time.perf_counter()
                     pairs = next(batches)
@@ -67,6 +70,7 @@ class Trainer:
                     paused = time.perf_counter()
                     with mesh.traffic.left_out():
                         self._between(step + 1, monitor, None if stream is None else stream.state(samples), stop)
+                        profiler.between(step + 1)
                     monitor.pause(time.perf_counter() - paused)
                 monitor.finish()
 

@@ -1,10 +1,11 @@
-"""`m2 watch`."""
+"""`m2 watch` and `m2 profile`."""
 
 from collections import Counter
 from pathlib import Path
 
 import tyro
 
+from m2_ds.files import write_atomically
 from m2_ds.watch.run import WatchedRun
 
 
@@ -62,3 +63,21 @@ def watch(
         from m2_ds.watch.terminal import show
 
         show(watched, every, once)
+
+
+def profile(run: tyro.conf.Positional[Path], *, steps: int = 5, ranks: str = "0") -> None:
+    """Ask a running job for a trace of its next steps by torch's profiler; it starts at its next log line.
+
+    Args:
+        run: run folder.
+        steps: traced steps.
+        ranks: which ranks write a trace, e.g. 0,3, or all.
+    """
+    from m2_ds.engine.profiling import REQUEST, parse_request
+
+    if not (run / "config.yaml").exists():
+        raise ValueError(f"{run} holds no config.yaml: it is no run folder, or its job has not begun")
+    asked = f"{steps} {ranks.replace(' ', '')}"
+    parse_request(asked)
+    write_atomically(run / REQUEST, f"{asked}\n".encode())
+    print(f"asked; the job starts at its next log line and writes to {run / 'profile'}")
