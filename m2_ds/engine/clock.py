@@ -22,12 +22,11 @@ class Clock:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.marked = False
 
+    def __call__(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        return self._marked(phase) if self.marked else self._timed(phase)
+
     @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        if not self.marked:
-            with self._timed(phase):
-                yield
-            return
+    def _marked(self, phase: str) -> Iterator[None]:
         with torch.profiler.record_function(MARK + phase), self._timed(phase):
             yield
 

@@ -92,18 +92,19 @@ def curves(run: WatchedRun) -> dict[str, Any]:
             places = thin(values, POINTS)
             if len(places) and (chart.key not in RARE or values[places].any()):
                 used.update(places.tolist())
-                one = {"label": label, "of": "rows", "i": places, "y": _short(values[places])}
+                one = {"label": label, "of": "rows", "i": places.tolist(), "y": _short(values[places])}
                 series.setdefault(chart.key, []).append(one)
-    rows = np.array(sorted(used), dtype=np.int64)
+    rows = sorted(used)
+    place_of = {row: place for place, row in enumerate(rows)}
     for some in series.values():
         for one in some:
-            one["i"] = np.searchsorted(rows, one["i"]).tolist()
+            one["i"] = [place_of[row] for row in one["i"]]
     evaluated = [recalls(metrics) for metrics in run.evaluations.values()]
     for name in dict.fromkeys(name for metrics in evaluated for name in metrics):
         found = [(i, metrics[name]) for i, metrics in enumerate(evaluated) if name in metrics]
-        one = {"label": name, "of": "evaluations", "i": [i for i, _ in found], "y": [y for _, y in found]}
+        drawn = {"label": name, "of": "evaluations", "i": [i for i, _ in found], "y": [y for _, y in found]}
         plain = any(f"{name}/mean_recall" in metrics for metrics in run.evaluations.values())
-        series.setdefault("recall" if plain else "accuracy", []).append(one)
+        series.setdefault("recall" if plain else "accuracy", []).append(drawn)
     axes = _axes(run)
     at = np.array(list(run.evaluations), dtype=np.float64)
     return {

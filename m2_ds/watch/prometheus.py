@@ -74,8 +74,8 @@ def exposition(runs: list[WatchedRun], now: float) -> tuple[str, bytes]:
                 for kind in ("anomalies", "restarts"):
                     events.add_metric([run.name, kind], sum(event.kind == kind for event in run.events))
                 newest = next(reversed(run.evaluations.values()), {})
-                for name, value in recalls(newest).items():
-                    evaluation.add_metric([run.name, name], value)
+                for name, found in recalls(newest).items():
+                    evaluation.add_metric([run.name, name], found)
             yield from (steps, age, state, evaluation, saved, done, seen, skipped, other, events)
             for field, (name, about) in GAUGES.items():
                 family = gauge(name, about)
