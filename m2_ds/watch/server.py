@@ -1,4 +1,4 @@
-"""The page, its numbers, and the same for Prometheus, over HTTP. Five fixed paths, read only; for this machine alone
+"""The page, its numbers, and the same for Prometheus, over HTTP. Four fixed paths, read only; for this machine alone
 unless told otherwise.
 """
 
@@ -97,6 +97,9 @@ def server(answers: Answers, host: str, port: int) -> ThreadingHTTPServer:
                 return
             try:
                 kind, content = answer(query)
+            except ValueError as error:  # what this installation cannot answer
+                self.send_error(501, str(error)[:200])
+                return
             except Exception as error:  # the page says so, and asks again
                 log.exception("%s", path)
                 self.send_error(500, f"{type(error).__name__}"[:80])
