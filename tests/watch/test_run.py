@@ -71,12 +71,14 @@ def test_a_version_changes_with_the_content_only(tmp_path: Path) -> None:
         lambda: folder.log("{broken\n"),
         lambda: folder.write("anomalies.jsonl", '{"step": 20, "reason": "spike"}\n'),
         lambda: (folder.path / "checkpoints/step-00000020").mkdir(parents=True),
+        lambda: folder.configure(steps=2000),
     ]
     for change in changes:
         change()
         run.refresh()
         assert run.version == before + 1
         before = run.version
+    assert run.steps == 2000
 
 
 def test_the_rate_is_that_of_this_job_by_the_clock(tmp_path: Path) -> None:
