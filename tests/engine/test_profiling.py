@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from m2_ds.engine import profiling
+from m2_ds.engine.interrupt import Interrupted as Told
 from m2_ds.engine.profiling import parse_request
 from m2_ds.parallel.mesh import Mesh
 from m2_ds.train import run
@@ -85,6 +86,22 @@ def test_a_wrong_request_is_told_and_the_job_goes_on(
         profiler.between(1)
         assert told in caplog.text and not (tmp_path / profiling.REQUEST).exists()
         assert not profiler.clock.marked
+
+
+def test_an_interrupted_job_writes_what_it_has(solo: Mesh, recipe: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(changed(recipe, {"folder": str(tmp_path), "log.profile": {"start": 2, "steps": 4}}))
+    clock = profiling.Clock(solo.device)
+    with pytest.raises(Told), profiling.Profiler(config, solo, clock) as profiler:
+        for done in (1, 2, 3):
+            profiler.between(done)
+            with clock("forward"):
+                torch.ones(3) + 1
+            if done == 3:
+                raise Told(4)
+    assert written(tmp_path) == [f"profile/step-00000002/rank-0000.{end}" for end in ("json.gz", "txt")]
+    assert (tmp_path / "profile/step-00000002/rank-0000.txt").read_text().startswith("steps 2 to 4, rank 0: ")
+    assert named(trace(tmp_path / "profile/step-00000002/rank-0000.json.gz"), "phase: forward") == 3
+    assert not clock.marked
 
 
 def test_requests() -> None:
