@@ -36,9 +36,11 @@ def answering(answers: Answers) -> Iterator[int]:
     with server(answers, "127.0.0.1", 0) as listening:
         thread = threading.Thread(target=listening.serve_forever, args=(0.02,))
         thread.start()
-        yield listening.server_address[1]
-        listening.shutdown()
-        thread.join()
+        try:
+            yield listening.server_address[1]
+        finally:
+            listening.shutdown()
+            thread.join()
 
 
 def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
