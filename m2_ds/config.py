@@ -132,7 +132,20 @@ class EngineConfig(Settings):
         "and micro-batches of a multiple of 16 pairs",
     )
     build_ops: bool = Field(False, description="let DeepSpeed compile its CPU ops at first use (needs g++, minutes)")
-    timeout_minutes: float = Field(30.0, gt=0, description="a collective that waits longer ends the job")
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="a collective that waits longer ends the job, and so does a rank that makes no progress for so "
+        "long at the start, in a checkpoint or an evaluation",
+    )
+    hang_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="a rank that makes no progress for so long in a step ends the job (exit code 76); 0: never",
+    )
+    silence_seconds: float = Field(
+        60.0, gt=0, description="and so does one that gives no sign of life: its process is stopped, or its host lost"
+    )
 
 
 class RunConfig(Settings):

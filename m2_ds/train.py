@@ -7,7 +7,6 @@ A batch comes from `data`, goes through `model`, meets its negatives in `loss`, 
 import argparse
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,17 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. optim.lr=1e-3 data.workers=2")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told here, not in stack traces of C++
     try:
         code = train(load_config(options.config, options.overrides))
     except (ValueError, FloatingPointError) as error:
         _tell(str(error))
         raise SystemExit(2) from error
-    except RuntimeError as error:
-        lost = re.search("Connection (closed|reset) by peer", str(error))
-        if not lost:
-            raise
-        _tell(f"another rank has ended, and told its reason above if it could ({lost[0]})")
-        raise SystemExit(1) from error
     sys.exit(code)
 
 
@@ -46,19 +40,26 @@ def train(config: RunConfig) -> int:
     """Join the job that the launcher started, carry out this rank's part of the run, leave. Returns the exit code."""
     from m2_ds.engine.interrupt import EXIT_CODE, Interrupted
     from m2_ds.engine.setup import quiet, set_threads
+    from m2_ds.engine.watchdog import Limits, Watchdog
     from m2_ds.parallel.mesh import Mesh
 
     quiet()
     set_threads(config)
     mesh = Mesh.start(config.parallel, config.engine.timeout_minutes, config.engine.build_ops)
-    code = 0
+    engine = config.engine
+    limits = Limits(engine.hang_seconds, engine.timeout_minutes * 60, engine.silence_seconds)
+    watchdog = Watchdog(mesh, config.folder, limits)
+    code, reason = 0, "done"
     try:
         run(config, mesh)
     except Interrupted as told:
-        code = EXIT_CODE
+        code, reason = EXIT_CODE, str(told)
         if mesh.is_first:
-            _tell(str(told))
-    mesh.stop()  # not after an error: the others would lose their connection before this rank has told its reason
+            _tell(reason)
+    except Exception as error:
+        watchdog.end(error)
+    watchdog.leave(code, reason)
+    mesh.stop()
     return code
 
 
@@ -119,8 +120,8 @@ def run(config: RunConfig, mesh: "Mesh") -> None:
 def _tell(message: str) -> None:
     """What a user can do something about is told in one paragraph.
 
-    Most errors are found by every rank; the first tells them, and the launcher ends the others before they repeat it.
-    What only one of the others has found is told, too.
+    This is for errors that are found before ranks can talk, by every rank: the first tells them, and the launcher ends
+    the others before they repeat it. Later ones are told once by `Watchdog.end`.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank:

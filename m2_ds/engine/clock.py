@@ -7,16 +7,19 @@ from collections.abc import Iterator
 
 import torch
 
+from m2_ds.parallel.activity import Activity
+
 MARK = "phase: "
 
 
 class Clock:
     """``with clock("forward"): ...`` adds up the time of a phase: the host's on a CPU, the stream's on a GPU.
 
-    ``marked``: a profiler is running, and finds the phases in its trace.
+    ``activity`` is told the phase, too. ``marked``: a profiler is running, and finds the phases in its trace.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, activity: Activity) -> None:
+        self._activity = activity
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -32,6 +35,7 @@ class Clock:
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        self._activity.now(phase)
         if self._on_gpu:
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()

@@ -58,7 +58,7 @@ class ContrastiveStep:
         """``words``: the tokenizer's, where the loss has masked objectives."""
         self.config, self.mesh, self.languages = config, mesh, languages
         model = config.model
-        self.clock = Clock(mesh.device)
+        self.clock = Clock(mesh.device, mesh.traffic.activity)
         self.noisy = model.drop_path > 0 or model.patch_drop > 0
         weights = (config.loss.unimodal_weight, config.loss.vl_weight)
         self.levels = [(level, weight) for level, weight in enumerate(weights) if weight > 0]

@@ -41,11 +41,13 @@ class Trainer:
         self.tokenizer, self.evaluate = tokenizer, evaluate
         self.languages = list(config.data.languages)
         words = tokenizer.words() if config.loss.masked else None
+        self.activity = mesh.traffic.activity
         self.step = ContrastiveStep(engine, config, mesh, len(self.languages), words)
 
     def run(self, start: int, samples: int) -> None:
         """``start``, ``samples``: steps that were done, and pairs that the run has seen, before this job."""
         config, mesh = self.config, self.mesh
+        self.activity.step = start
         if start:
             log.info("going on after step %d of %d", start, config.steps)
         with (
@@ -61,9 +63,12 @@ class Trainer:
                 profiler.between(start)
                 for step in range(start, config.steps):
                     asked = time.perf_counter()
+                    self.activity.now("waiting for data")
                     pairs = next(batches)
                     waited = time.perf_counter() - asked
+                    self.activity.now("step")
                     result = self.step(pairs, step)
+                    self.activity.done(step + 1)
                     stop = interruption.due(step + 1) and step + 1 < config.steps
                     monitor.add(step, pairs, result, waited, stop)
                     samples += config.global_batch
@@ -81,7 +86,8 @@ class Trainer:
         behind the checkpoint, and an evaluation that is due is made when the run goes on.
         """
         if stop or self.config.checkpoint_due(done):
-            path = checkpoint.save(self.engine, self.model, done, self.config, self.tokenizer, self.mesh, stream)
+            with self.activity.during("checkpoint", patient=True):
+                path = checkpoint.save(self.engine, self.model, done, self.config, self.tokenizer, self.mesh, stream)
             log.info("checkpoint %s", path)
         if stop:
             raise Interrupted(done)
@@ -90,7 +96,8 @@ class Trainer:
 
     def _evaluate(self, done: int, monitor: Monitor) -> None:
         self.engine.eval()
-        results = self.evaluate()
+        with self.activity.during("evaluation", patient=True):
+            results = self.evaluate()
         self.engine.train()
         if self.mesh.is_first:
             path = self._evaluation_file(done)

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -18,7 +18,7 @@ _PREFIX = "m2_ds/board"
 
 
 class Board:
-    """Made by `join` on every rank. Values are JSON; a name is written once a rank."""
+    """Made by `join` on every rank. Values are JSON; a rank may write a name again."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self._store, self.rank, self.world_size = store, rank, world_size
@@ -52,7 +52,19 @@ class Board:
 
     def write(self, name: str, value: Any) -> None:
         """Leave a note of this rank's."""
-        self._store.set(f"{name}/{self.rank}", json.dumps(value))
+        with _told():
+            self._store.set(f"{name}/{self.rank}", json.dumps(value))
+
+    def notes(self, name: str, ranks: Sequence[int]) -> dict[int, Any]:
+        """The newest notes of ranks, each of which must have left one; in one message."""
+        with _told():
+            found = self._store.multi_get([f"{name}/{rank}" for rank in ranks])
+        return {rank: json.loads(note) for rank, note in zip(ranks, found)}
+
+    def count(self, name: str, more: int = 1) -> int:
+        """Add to a number that all ranks share; what it is then."""
+        with _told():
+            return int(self._store.add(name, more))
 
     def agree(self, name: str, value: Any) -> Any:
         """The value of the rank that was first to propose one: ``value``, if it was this one."""

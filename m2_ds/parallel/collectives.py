@@ -146,11 +146,13 @@ def all_gather_objects(value: T, group: Group) -> list[T]:
 
 @contextlib.contextmanager
 def _told(group: Group, what: str) -> Iterator[None]:
-    """Put what was done, and among whom, before an error of the communication library."""
+    """Note it as what this process waits for; put it, and the group, before an error of the communication library."""
+    collective = f"{what} in {group.name}"
     try:
-        yield
+        with group.traffic.activity.waiting_in(collective):
+            yield
     except RuntimeError as error:
-        raise RuntimeError(f"{what} in {group.name}: {error}") from error
+        raise RuntimeError(f"{collective}: {error}") from error
 
 
 def gather(x: Tensor, group: Group, kind: str) -> list[Tensor] | None:

@@ -17,11 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m2_ds.parallel.activity import Activity
+
 
 class Traffic:
-    """Counters by kind since `take` was last called."""
+    """Counters by kind since `take` was last called. ``activity``: what this process does now, collectives included."""
 
     def __init__(self) -> None:
+        self.activity = Activity()
         self.bytes: dict[str, float] = defaultdict(float)
         self.seconds: dict[str, float] = defaultdict(float)
 
@@ -77,11 +80,17 @@ _METHODS: dict[str, tuple[int, str, Callable[[int], float], str]] = {
 def count_deepspeed(backend: Any, traffic: Traffic) -> None:
     """Let DeepSpeed's communication backend (an object) count what its collectives send."""
     for name in _METHODS.keys() & set(dir(backend)):
-        setattr(backend, name, _counted(getattr(backend, name), traffic, *_METHODS[name]))
+        setattr(backend, name, _counted(getattr(backend, name), traffic, name, *_METHODS[name]))
 
 
 def _counted(
-    call: Callable[..., Any], traffic: Traffic, place: int, name: str, share: Callable[[int], float], kind: str
+    call: Callable[..., Any],
+    traffic: Traffic,
+    method: str,
+    place: int,
+    name: str,
+    share: Callable[[int], float],
+    kind: str,
 ) -> Callable[..., Any]:
     @wraps(call)
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -92,7 +101,9 @@ def _counted(
         ranks = dist.get_world_size(next(given, None))
         small = all(x.numel() <= 1 or not torch.is_floating_point(x) for x in tensors)
         sent = sum(map(size_of, tensors)) * share(ranks) * (ranks - 1)
-        with traffic.sending("control" if small else kind, sent):
+        counted_as = "control" if small else kind
+        collective = f"DeepSpeed's {method} of {counted_as} among {ranks} ranks"
+        with traffic.activity.waiting_in(collective), traffic.sending(counted_as, sent):
             return call(*arguments, **named)
 
     return counted

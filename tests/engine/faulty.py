@@ -1,7 +1,10 @@
-"""m2_ds.train with a fault on rank 1 only, named by M2_FAULT: what a launcher starts in test_launch.py."""
+"""m2_ds.train with a fault on rank 1 only (or M2_RANK), named by M2_FAULT: what a launcher starts in tests."""
 
+import ctypes
 import os
 import resource
+import signal
+import time
 from typing import Any
 
 from m2_ds import train
@@ -20,6 +23,12 @@ def install(fault: str) -> None:
             raise ValueError("slot 41: no usable pair in 11 tries")
         if done == 3 and fault == "crash":
             raise RuntimeError("something that nobody thought of")
+        if done == 3 and fault == "hang":
+            time.sleep(1000)
+        if done == 3 and fault == "hold":  # Python's lock, so that no thread of it runs
+            ctypes.PyDLL(None).sleep(1000)
+        if done == 3 and fault in ("SIGKILL", "SIGSTOP"):
+            os.kill(os.getpid(), getattr(signal, fault))
         return step(self, *arguments)
 
     def full_disk(*arguments: Any) -> Any:
@@ -32,6 +41,6 @@ def install(fault: str) -> None:
 
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == "1":
+    if os.environ["RANK"] == os.environ.get("M2_RANK", "1"):
         install(os.environ["M2_FAULT"])
     train.main()
