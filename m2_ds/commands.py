@@ -28,7 +28,9 @@ from m2_ds.schema import explain
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 
-def train(recipe: tyro.conf.Positional[Path], overrides: Overrides = (), *, ranks: int | None = None) -> int:
+def train(
+    recipe: tyro.conf.Positional[Path], overrides: Overrides = (), *, ranks: int | None = None, restarts: int = 0
+) -> int:
     """Train a recipe on this machine; run it again to go on from the newest checkpoint.
 
     For several machines call the deepspeed launcher yourself: docs/training.md.
@@ -36,10 +38,14 @@ def train(recipe: tyro.conf.Positional[Path], overrides: Overrides = (), *, rank
     Args:
         recipe: YAML file, see ds_configs/recipes/.
         overrides: field=value, e.g. optim.lr=1e-3 data.sources.0.path=data/other.
-        ranks: processes; by default one a GPU, or one a core.
+        ranks: processes; by default one a GPU, or one a core. A run goes on with any other number.
+        restarts: how often it is started again after a rank was lost, hung or was killed (docs/survival.md); not after
+            a wrong input, and not when it was told to end.
     """
     load_config(recipe, overrides)  # complain here, once, before ranks are started
-    return launch.train(recipe, ranks, overrides)
+    if restarts < 0:
+        raise ValueError(f"--restarts {restarts}: give 0 or more")
+    return launch.train(recipe, ranks, overrides, restarts)
 
 
 def config(recipe: tyro.conf.Positional[Path], overrides: Overrides = ()) -> None:

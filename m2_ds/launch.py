@@ -13,6 +13,9 @@ from types import FrameType
 
 import psutil
 
+from m2_ds.config import load_config
+from m2_ds.restarts import supervise
+
 
 def ranks_of_this_machine() -> int:
     """One rank a GPU; without one, one rank a core (two single-thread ranks beat one rank of two threads)."""
@@ -25,9 +28,17 @@ def train_command(recipe: Path, ranks: int, overrides: Sequence[str]) -> list[st
     return [*_launcher(ranks), "--module", "m2_ds.train", "--config", str(recipe), *overrides]
 
 
-def train(recipe: Path, ranks: int | None, overrides: Sequence[str]) -> int:
-    """Run the job to its end; returns its exit code. ``ranks`` None: as many as this machine is good for."""
-    return _start(train_command(recipe, ranks or ranks_of_this_machine(), overrides))
+def train(recipe: Path, ranks: int | None, overrides: Sequence[str], restarts: int = 0) -> int:
+    """Run the job to its end, and up to ``restarts`` times again where that helps; returns its exit code.
+
+    ``ranks`` None: as many as this machine is good for.
+    """
+    config = load_config(recipe, overrides)
+
+    def start(environment: dict[str, str]) -> tuple[int, bool]:
+        return _run(train_command(recipe, ranks or ranks_of_this_machine(), overrides), environment)
+
+    return supervise(start, config.folder, config.steps, restarts)
 
 
 def evaluate(request: Path, ranks: int) -> int:
@@ -66,11 +77,20 @@ def _launcher(ranks: int) -> list[str]:
 
 
 def _start(command: list[str]) -> int:
-    """Run the launcher. Signals to end go to the ranks themselves, as SIGUSR1: the launcher would kill them soon."""
+    return _run(command, {})[0]
+
+
+def _run(command: list[str], more: dict[str, str]) -> tuple[int, bool]:
+    """Run the launcher; its exit code, and whether it was told to end.
+
+    Signals to end go to the ranks themselves, as SIGUSR1: the launcher would kill them soon.
+    """
     print("$", shlex.join(["deepspeed", *command[3:]]), flush=True)
-    process = subprocess.Popen(command, env=_environment())
+    process, told = subprocess.Popen(command, env=_environment() | more), False
 
     def forward(number: int, _: FrameType | None) -> None:
+        nonlocal told
+        told = True
         ranks = _ranks(process.pid)
         for rank in ranks:
             with contextlib.suppress(psutil.Error):
@@ -80,7 +100,7 @@ def _start(command: list[str]) -> int:
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return process.wait()
+        return process.wait(), told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -27,7 +27,7 @@ FLOORS: dict[str, int] = {
             ("model", "loss"),
             ("evaluation", "convert", "prepare", "config", "api"),
             ("engine", "plan", "cluster"),
-            ("train", "evaluate", "export", "launch", "cli", "commands", "quickstart", "doctor", "watch"),
+            ("train", "evaluate", "export", "launch", "restarts", "cli", "commands", "quickstart", "doctor", "watch"),
         ]
     )
     for room in rooms
@@ -41,6 +41,7 @@ ALONG_A_FLOOR |= {("prepare", "api")}
 ALONG_A_FLOOR |= {("plan", "engine")}
 ALONG_A_FLOOR |= {("cli", "train"), ("cli", "launch"), ("cli", "quickstart")}
 ALONG_A_FLOOR |= {("quickstart", "launch"), ("commands", "launch"), ("commands", "evaluate"), ("doctor", "launch")}
+ALONG_A_FLOOR |= {("launch", "restarts")}
 # Down, but not meant: a model file holds mathematics, and so does a loss.
 NOT_DOWN = {("model", "data"), ("loss", "data")}
 

@@ -35,7 +35,7 @@ from m2_ds.parallel.collectives import all_gather_objects, barrier
 from m2_ds.parallel.mesh import Mesh
 
 WRONG_INPUT, BROKEN = 2, 1  # exit codes: told what to change; something that nobody thought of
-ENDED_FILE = "M2_DS_ENDED"  # in the environment: a file that is told how the job ended, see m2_ds.restarts
+ENDED_FILE = "M2_DS_ENDED"  # in the environment: a file that is told how the job ended, for who started it
 STACKS = "stacks"  # folder of the run folder
 
 _JOIN_S = 60.0
