@@ -39,7 +39,7 @@ class End:
 
     code: int
     reason: str
-    step: int = 0
+    step: int | None = None
     told: bool = False
 
     @property
@@ -55,7 +55,7 @@ def supervise(start: Start, folder: Path, steps: int, restarts: int) -> int:
     end = _once(start, folder, steps)
     best, in_vain, number = (-1, -1), 0, 0
     while end.again and number < restarts:
-        progress = (_newest(folder), end.step)
+        progress = (_newest(folder), -1 if end.step is None else end.step)
         in_vain = in_vain + 1 if all(new <= old for new, old in zip(progress, best)) else 0
         best = (max(best[0], progress[0]), max(best[1], progress[1]))
         goes_on = in_vain < _IN_VAIN

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from m2_ds.cluster.settings import RESTART_CODES, KubernetesJob, SlurmJob
+from m2_ds.cluster.settings import KILLED_CODES, RESTART_CODES, KubernetesJob, SlurmJob
 from m2_ds.config import RunConfig
 from m2_ds.files import write_atomically
 
@@ -16,7 +16,7 @@ STOP_CODES = (2, 3)  # wrong input, and what the doctor found: the same again wo
 
 def slurm(job: SlurmJob, command: str) -> str:
     """A batch script. ``command``: what wrote it, for its first lines."""
-    return _template("slurm.sh.j2").render(job=job, command=command, restart_codes=RESTART_CODES)
+    return _template("slurm.sh.j2").render(job=job, command=command, restart_codes=RESTART_CODES + KILLED_CODES)
 
 
 def kubernetes(job: KubernetesJob, config: RunConfig, command: str) -> str:

@@ -11,6 +11,7 @@ from m2_ds.parallel.config import Layout, contrast_groups
 from m2_ds.schema import Settings, explain
 
 RESTART_CODES = (75, 76)  # with which a rank ends that was interrupted, or that lost another one: going on helps
+KILLED_CODES = (134, 135, 137, 139)  # of srun, where a rank was ended by SIGABRT, SIGBUS, SIGKILL or SIGSEGV: likewise
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # of a Service, which begins with a letter (RFC 1035)
 _CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
 _SLURM_TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")

@@ -74,7 +74,9 @@ def test_something_red_keeps_it_from_training(tmp_path: Path, program: Path) -> 
     assert len(notes(tmp_path, "m2_ds.doctor")) == 2 and not notes(tmp_path, "m2_ds.train")
 
 
-@pytest.mark.parametrize(("code", "restarts", "starts"), [(0, 3, 1), (1, 3, 1), (2, 3, 1), (75, 3, 4), (76, 0, 1)])
+@pytest.mark.parametrize(
+    ("code", "restarts", "starts"), [(0, 3, 1), (1, 3, 1), (2, 3, 1), (75, 3, 4), (137, 1, 2), (76, 0, 1)]
+)
 def test_exit_codes_decide_about_another_start(
     tmp_path: Path, program: Path, code: int, restarts: int, starts: int
 ) -> None:

@@ -14,7 +14,7 @@ from m2_ds.engine.watchdog import ENDED_FILE
 from tests.engine.jobs import changed
 from tests.engine.test_launch import start
 
-STUCK = r"rank {rank} \(host \S+, process \d+; step 3: step; after all-gather of objects .*\) has made no progress"
+STUCK = r"rank {rank} \(host \S+, process \d+; step 3: step; after .*\) has made no progress"
 SILENT = r"rank {rank} \(host \S+, process \d+; step \d: .*\) has given no sign of life for \d s: its process {why}"
 UNANSWERED = r"rank 0 \(host \S+, process \d+; step \d: .*\) has not answered for \d+ s.*\(state T\)"
 GONE = r"rank {rank} \(host \S+, process \d+; step \d: .*\) is gone: a process that ended without a word was killed"
