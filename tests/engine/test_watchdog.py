@@ -35,7 +35,8 @@ def ended(tree: dict[str, Any], tmp_path: Path, name: str, fault: str, rank: int
     )
     assert time.time() - (folder / "log.jsonl").stat().st_mtime < 25, "it took too long to notice, or to end"
     assert sorted(checkpoint_steps(folder / "checkpoints")) == [2]
-    assert output.count("the same command goes on from the newest checkpoint") == 1 and "Traceback" not in output
+    assert output.count("the same command goes on from the newest checkpoint") == 1
+    assert name == "torchrun" or "Traceback" not in output  # torchrun shows its own
     return code, output, json.loads(note.read_text())
 
 
