@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 LOST = 76  # exit code: another rank was lost, or hung; the same command goes on from the newest checkpoint
 BROKEN_S = 10.0  # so long a rank may be silent at most when a connection broke, too
+LENIENCY = 5.0  # times as long may a rank be silent where it may take its time
 _NAMED = 3  # waiting ranks that a verdict describes
 
 Kind = Literal["gone", "silent", "stuck", "cut off", "error"]
@@ -150,7 +151,7 @@ class Suspects:
         broken = self.broken or any(note["broken"] for note in self._notes.values())
         limit = min(self.silence_s, BROKEN_S) if broken else self.silence_s
         silent = {rank: now - heard for rank, heard in self._heard.items() if not self._left(rank)}
-        silent = {rank: seconds for rank, seconds in silent.items() if seconds > limit}
+        silent = {rank: seconds for rank, seconds in silent.items() if seconds > limit * self._leniency(rank)}
         if not silent:
             return None
         ranks = sorted(silent)
@@ -162,6 +163,11 @@ class Suspects:
             why = "its process exists and does not get to answer"
         reason = f"{self._tell_all(ranks)} {_has(ranks)} given no sign of life for {max(silent.values()):.0f} s: {why}"
         return Verdict("silent", LOST, tuple(ranks), reason, self.rank)
+
+    def _leniency(self, rank: int) -> float:
+        """Importing libraries from a slow disk, Python holds its lock for long; a process that is stopped does not."""
+        stopped = any(p.state() in ("T", "t") for p in self._neighbours if p.rank == rank)
+        return LENIENCY if self._notes[rank]["patient"] and not stopped else 1.0
 
     def _stuck(self, now: float) -> Verdict | None:
         if not self.hang_s or self.rank != 0:  # who waits for whom can be said by the one that hears all

@@ -83,6 +83,14 @@ def test_silence_is_told_sooner_where_a_connection_broke() -> None:
     assert "has given no sign of life for 12 s: its host or network is lost" in found.reason
 
 
+def test_silence_where_a_rank_may_take_its_time(two: Suspects) -> None:
+    two.hear({0: note(1), 1: note(1, patient=True, doing="start")}, 0.0)
+    two.hear({0: note(2, marks=4), 1: note(1, patient=True, doing="start")}, 20.0)
+    assert two.verdict(20.0) is None
+    two.hear({0: note(3, marks=5)}, 20.5)
+    assert two.verdict(20.5).ranks == (1,)  # type: ignore[union-attr]
+
+
 def test_ranks_that_left_in_order_are_not_missed(two: Suspects) -> None:
     two.hear({0: note(1), 1: note(1, left=True)}, 0.0)
     two.hear({0: note(2, marks=4), 1: note(1, left=True)}, 50.0)
