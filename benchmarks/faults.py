@@ -59,7 +59,7 @@ SHARES = {
     "flipped bit": 10, "network": 5, "clock": 8,
 }  # fmt: skip
 BETWEEN = ("truncated file", "flipped bit")  # these strike when the job is not there
-START_S, END_S, LAUNCHER_S = 4.0, 240.0, 30.0
+START_S, END_S, LAUNCHER_S = 4.0, 600.0, 30.0
 NETWORK, JUMP_S = ("m2fa", "m2fb"), 3600 * 24 * 365
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 

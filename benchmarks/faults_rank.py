@@ -67,7 +67,7 @@ def write_recipe(path: Path, folder: Path, data: Path, tokenizer: Path, steps: i
         "model": {"preset": "test", "drop_path": 0.2, "patch_drop": 0.3},
         "data": {"sources": [{"path": str(data), "split": "train"}], "augment": {"crop_scale": [0.8, 1.0]}},
         "optim": {"lr": 2e-3, "schedule": {"warmup_steps": 2}},
-        "engine": {"threads": 1, "hang_seconds": 8, "silence_seconds": 5},
+        "engine": {"threads": 1, "hang_seconds": 15, "silence_seconds": 8},
         "checkpoint": {"every": every, "keep": 3},
         "log": {"every": 1},
     }

@@ -15,14 +15,14 @@ from tests.engine.jobs import changed
 from tests.engine.test_launch import start
 
 STUCK = r"rank {rank} \(host \S+, process \d+; step 3: step; after .*\) has made no progress"
-SILENT = r"rank {rank} \(host \S+, process \d+; step \d: .*\) has given no sign of life for \d s: its process {why}"
+SILENT = r"rank {rank} \(host \S+, process \d+; step \d: .*\) has given no sign of life for \d+ s: its process {why}"
 UNANSWERED = r"rank 0 \(host \S+, process \d+; step \d: .*\) has not answered for \d+ s.*\(state T\)"
 GONE = r"rank {rank} \(host \S+, process \d+; step \d: .*\) is gone: a process that ended without a word was killed"
 
 
 @pytest.fixture(scope="module")
 def tree(recipe: dict[str, Any]) -> dict[str, Any]:
-    limits = {"engine.hang_seconds": 5, "engine.silence_seconds": 3}
+    limits = {"engine.hang_seconds": 12, "engine.silence_seconds": 6}
     return changed(recipe, {"steps": 6, "checkpoint": {"every": 2, "keep": 9}, **limits})
 
 
@@ -33,7 +33,7 @@ def ended(tree: dict[str, Any], tmp_path: Path, name: str, fault: str, rank: int
     code, output = start(
         name, "tests.engine.faulty", tree, folder, M2_FAULT=fault, M2_RANK=str(rank), **{ENDED_FILE: str(note)}
     )
-    assert time.time() - (folder / "log.jsonl").stat().st_mtime < 25, "it took too long to notice, or to end"
+    assert time.time() - (folder / "log.jsonl").stat().st_mtime < 60, "it took too long to notice, or to end"
     assert sorted(checkpoint_steps(folder / "checkpoints")) == [2]
     assert output.count("the same command goes on from the newest checkpoint") == 1
     assert name == "torchrun" or "Traceback" not in output  # torchrun shows its own

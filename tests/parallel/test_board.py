@@ -66,3 +66,19 @@ def test_ranks_agree_on_the_first_value_and_see_a_store_that_is_gone() -> None:
     with pytest.raises(RuntimeError, match="first rank's store is gone: Connection closed by peer"):
         for _ in range(3):
             other.agreed("stop")
+
+
+def test_notes_are_read_together_and_counted() -> None:
+    for some in (boards(2), boards(1)):
+        for board in some:
+            board.write("beat", {"rank": board.rank})
+        board.write("beat", {"rank": "again"})  # the last one's newer note
+        everyone = range(len(some))
+        assert some[0].notes("beat", everyone) == {
+            **{rank: {"rank": rank} for rank in everyone},
+            board.rank: {"rank": "again"},
+        }
+        assert [board.count("read") for board in some] == [rank + 1 for rank in everyone]
+        assert some[0].count("read", 0) == len(some)
+        assert some[0].agreed("verdict") is None
+        assert some[0].agree("verdict", {"code": 76}) == {"code": 76} == some[-1].agree("verdict", {"code": 2})
