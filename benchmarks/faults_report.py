@@ -58,8 +58,8 @@ deepspeed {about["deepspeed"]}. Seed {content["seed"]}; {content["minutes"]} min
 {len(faults)} faults in {len(episodes)} runs of {content["steps"]} steps on {content["ranks"]} ranks, with a \
 checkpoint every {content["every"]} steps and limits of 15 s (hang) and 8 s (silence): {starts} starts, {again} of \
 them by `--restarts`, {by_hand} by hand. {len(episodes) - len(different)} of {len(episodes)} runs ended with the \
-weights, the optimizer's state, the position in the data and the log of the run that was left alone, bit for bit. {outside} \
-ranks had to be killed from outside, 30 s after another had ended.
+weights, the optimizer's state, the position in the data and the log of the run that was left alone, bit for bit. \
+{outside} ranks had to be killed from outside, 30 s after another had ended.
 
 | fault | times | exit code | seconds to the end, median | longest | steps lost, mean | most |
 |---|---|---|---|---|---|---|
