@@ -181,6 +181,7 @@ class Striker:
     def __init__(self, episode: Episode, fault: Fault | None, ranks: dict[int, int], struck: Path, begun: int) -> None:
         self.episode, self.fault, self.ranks, self.note = episode, fault, ranks, struck
         self.due: float | None = None
+        self.begins, self.begun = begun, False
         outside = fault is not None and fault.kind not in ("hang", "kill in a checkpoint")
         self.waiting = outside
         self.wanted = None if fault is None or fault.steps is None else begun + fault.steps
@@ -190,8 +191,11 @@ class Striker:
     def look(self, now: float) -> None:
         if not self.waiting or self.fault is None:
             return
-        if self.due is None and self.wanted is not None and self.episode.done() >= self.wanted:
-            self.due = now + self.fault.delay
+        if self.due is None and self.wanted is not None:
+            done = self.episode.done()
+            self.begun = self.begun or done <= self.begins  # a start drops the lines of steps that it makes again
+            if self.begun and done >= self.wanted:
+                self.due = now + self.fault.delay
         if self.due is not None and now >= self.due:
             self.waiting = False
             self.note.write_text(str(time.monotonic()))
@@ -272,7 +276,7 @@ def plan(faults: int, seed: int, kinds: list[str]) -> list[list[Fault]]:
 
 
 def _draw(kind: str, chance: random.Random) -> Fault:
-    steps: int | None = chance.randint(0, 4)
+    steps: int | None = chance.randint(1, 4)
     if kind == "clock":
         steps = chance.randint(1, 3)
     elif kind in ("kill", "stop", "terminate") and chance.random() < 0.2:
