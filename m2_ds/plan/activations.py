@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.encoder import kept_patches
 from m2_ds.model.stack import Part
+from m2_ds.plan.joint import Joint, rank_vocabulary, rows_at_once
 from m2_ds.plan.work import BYTES, Tokens, conv_stages
 
 
@@ -51,6 +52,31 @@ def part_graph(
     return Graph(inputs + pictures + captions, max(of_captions, of_pictures - captions))
 
 
+def joint_graph(
+    model: M2EncoderConfig, part: Part, joint: Joint, precision: str, on_cpu: bool, ranks: int = 1
+) -> Graph:
+    """Of the joint sequences of a micro-batch, which run behind both: they are given up first."""
+    element = BYTES[precision]
+    shape = _Shape(model, element, on_cpu and precision == "bf16", ranks, sequence=False)
+    of = joint.of
+    whole = shape.layer(of)
+    kept, again = shape.recomputed(of, whole)
+    # Of the gradients of both branches' tokens each is as long as the sequence, before they are added.
+    apart = 2 * of.tokens * model.hidden_size * element
+    layers, padding = part.end - part.start, of.tokens * element
+    working = again + shape.backward(of) + apart
+    found = layers * kept + 2 * padding
+    if part.is_first:
+        found += joint.text.tokens * 8 + 2 * of.samples * joint.split * element
+    else:
+        found += shape.received(of)
+    found += (part.has_backbone_end(model) + part.is_last) * (shape.residual(of) + 2 * of.tokens * 4)
+    if part.is_last:
+        of_heads, of_scores = shape.heads(joint)
+        found, working = found + of_heads, max(working, of_scores)
+    return Graph(found, working)
+
+
 @dataclass(frozen=True)
 class _Shape:
     model: M2EncoderConfig
@@ -59,7 +85,7 @@ class _Shape:
     ranks: int
     sequence: bool
 
-    def _residual(self, of: Tokens) -> float:
+    def residual(self, of: Tokens) -> float:
         """[N, D] as it lies between layers."""
         return of.tokens / (self.ranks if self.sequence else 1) * self.model.hidden_size * self.element
 
@@ -69,7 +95,7 @@ class _Shape:
 
     def _normed(self, of: Tokens) -> float:
         """A pre-norm's output, the input of a product: all tokens, or this rank's where it is gathered again."""
-        return self._residual(of) if self.sequence else of.tokens * self.model.hidden_size * self.element
+        return self.residual(of) if self.sequence else of.tokens * self.model.hidden_size * self.element
 
     def _statistics(self, rows: float) -> float:
         """Mean and deviation of the four norms."""
@@ -79,7 +105,7 @@ class _Shape:
         """All of a layer, its input included."""
         ffn = self.model.ffn_ratio
         attention = 4 if self.wide_attention else self.element
-        kept = 2 * self._residual(of) + 2 * self._normed(of)  # inputs and outputs of the two pre-norms
+        kept = 2 * self.residual(of) + 2 * self._normed(of)  # inputs and outputs of the two pre-norms
         kept += self._cut(of.padded, 3, attention)  # q, k, v
         kept += self._cut(of.padded, 1, attention) + self._log_sums(of.samples, of.length)  # attention's output
         if of.packed or self.wide_attention:
@@ -93,7 +119,7 @@ class _Shape:
     def last_layer(self, of: Tokens) -> float:
         """Of class tokens alone, keys and values of all."""
         attention = 4 if self.wide_attention else self.element
-        kept = self._residual(of) + self._normed(of)
+        kept = self.residual(of) + self._normed(of)
         kept += self._cut(of.padded, 2, attention) + self._log_sums(of.samples, 1)
         if of.packed:
             kept += self._cut(of.tokens, 2)
@@ -108,7 +134,7 @@ class _Shape:
         """(kept, made again in backward) of a layer whose activations are ``whole`` without recomputation."""
         if self.model.recompute == "none":
             return whole, 0.0
-        given = self._residual(of)
+        given = self.residual(of)
         if self.model.recompute == "full":
             return given, whole - given
         products = (
@@ -121,9 +147,9 @@ class _Shape:
     def backward(self, of: Tokens) -> float:
         """Beside the layer's activations: gradients of the feed-forward's two widths, of its input and the residual's;
         or of q, k and v and what they were made of."""
-        feed_forward = self._cut(of.tokens, 2 * self.model.ffn_ratio) + 2 * self._residual(of)
+        feed_forward = self._cut(of.tokens, 2 * self.model.ffn_ratio) + 2 * self.residual(of)
         attention = self._cut(of.padded, 4, 4 if self.wide_attention else self.element) + self._cut(of.padded, 3)
-        return max(feed_forward, attention + 2 * self._residual(of))
+        return max(feed_forward, attention + 2 * self.residual(of))
 
     def ends(self, of: Tokens, part: Part) -> float:
         """Inputs of the final norms, and what heads keep: they look at the first token of a whole tensor."""
@@ -131,17 +157,17 @@ class _Shape:
         kept = 0.0
         whole = of.padded * width * self.element
         if part.has_backbone_end(model):
-            kept += self._residual(of) + 2 * of.tokens * 4
+            kept += self.residual(of) + 2 * of.tokens * 4
             # Behind the norm it is padded, gathered or (on a GPU) masked for the vision-language layers, beside their
             # own input.
             if of.packed or of.masked:
-                kept += whole + self._residual(of) * of.packed
+                kept += whole + self.residual(of) * of.packed
             elif not model.num_vl_layers or not part.is_last:
                 kept += whole
         if part.is_last:
             rows = of.samples * width * self.element
             if self.sequence:
-                kept += self._residual(of) + whole
+                kept += self.residual(of) + whole
             elif model.num_vl_layers:
                 kept += 2 * rows
             # Of both heads: the product, and in low precision its fp32 copy, and the vector of length 1.
@@ -162,6 +188,24 @@ class _Shape:
         if model.patch_drop > 0:  # where the kept ones lie, int64 for each number
             kept += pictures.samples * kept_patches(model.num_patches, model.patch_drop) * model.hidden_size * 8
         return kept + captions.padded * 8
+
+    def heads(self, joint: Joint) -> tuple[float, float]:
+        """(kept, beside it in backward) of what tells hidden words and patches."""
+        model, width = self.model, self.model.hidden_size
+        kept = working = 0.0
+        if joint.words:
+            # Into the dense layer, GELU, the norm and the scores; that norm's statistics, the scores', places and ids.
+            kept += joint.words * (4 * width * self.element + 2 * 4 + 3 * 4 + 4 * 8)
+            vocabulary = rank_vocabulary(model, self.ranks)
+            scores = rows_at_once(vocabulary, joint.words) * vocabulary * (4 if self.element == 4 else 4 + 2)
+            working = scores + joint.words * width * self.element
+        if joint.patches:
+            kept += self.residual(joint.of)  # gathered from: the last norm's output
+            kept += joint.patches * (4 * width * self.element + 2 * 4) + joint.captions * (joint.split - 1) * 8
+            # Differences from pixels; or log-probabilities of codes.
+            kept += joint.patches * model.masked_image_head * 4
+            working = max(working, joint.patches * 2 * model.masked_image_head * 4 + self.residual(joint.of))
+        return kept, working
 
     def received(self, of: Tokens) -> float:
         """A later stage's tokens, which its own work begins from: split and, where packed, copied."""

@@ -19,7 +19,8 @@ from m2_ds.config import RunConfig
 from m2_ds.loss.answers import TILE_COLUMNS, TILE_ROWS
 from m2_ds.model.pipeline import parts
 from m2_ds.model.stack import Part
-from m2_ds.plan.activations import Graph, part_graph
+from m2_ds.plan.activations import Graph, joint_graph, part_graph
+from m2_ds.plan.joint import joint_of
 from m2_ds.plan.layout import Candidate, Load, model_of
 from m2_ds.plan.weights import Weights, weights_of
 from m2_ds.plan.work import BYTES, tokens_of
@@ -66,11 +67,13 @@ def memory_of(config: RunConfig, candidate: Candidate, load: Load, on_cpu: bool,
     """Of a rank of each stage; ``config``: the recipe, of which ``candidate`` decides the rest."""
     model, precision = model_of(config, candidate), config.engine.precision
     of = tokens_of(model, load, candidate.micro_batch, on_cpu, candidate.tensor if candidate.sequence else 1)
+    joint = joint_of(config, load, candidate.micro_batch)
     found = []
     for stage, part in enumerate(stages):
         graph = part_graph(model, part, of, precision, on_cpu, candidate.tensor, candidate.sequence)
+        of_joint = None if joint is None else joint_graph(model, part, joint, precision, on_cpu, candidate.tensor)
         held = _Held(weights_of(config, part, candidate.tensor), candidate, BYTES[precision], on_cpu)
-        found.append(_of_stage(config, candidate, load, stage, part, graph, held))
+        found.append(_of_stage(config, candidate, load, stage, part, graph, of_joint, held))
     return found
 
 
@@ -128,8 +131,9 @@ class _Held:
 
 
 def _of_stage(
-    config: RunConfig, candidate: Candidate, load: Load, stage: int, part: Part, graph: Graph, held: _Held
-) -> Memory:
+    config: RunConfig, candidate: Candidate, load: Load, stage: int, part: Part, graph: Graph, joint: Graph | None,
+    held: _Held,
+) -> Memory:  # fmt: skip
     offload, k = candidate.offload, candidate.accumulation
     optimizer = held.optimizer if offload == "none" else 0.0
     state = {"weights": held.weights, "optimizer": optimizer}
@@ -146,15 +150,28 @@ def _of_stage(
         buckets = held.buckets() + held.sent
     elif candidate.stage == 2 and not held.on_cpu:
         buckets = held.buckets(2 if candidate.zero in OVERLAPPING else 1)
-    # At the start of the first backward pass: everything that was kept, no gradients.
-    activations = graphs * graph.kept + graph.working
-    moments.append({"activations": activations, "gradients": standing, "buffers": buckets, **live})
+    largest = held.numbers.largest * held.element
+
+    def passing(count: int, standing: float, added: float) -> None:
+        """A moment of backward: ``count`` graphs are there, beside gradients that stand and one that is being made.
+
+        Joint sequences, which run last, are given up first; their gradients of all weights then wait for those of
+        pictures and captions, which are added to them.
+        """
+        both = count * graph.kept + (0.0 if joint is None else count * joint.kept)
+        kinds = [(both + graph.working, added)]
+        if joint is not None:
+            kinds = [(both + joint.working, added), (both - joint.kept + graph.working, held.whole_gradients)]
+        for activations, made in kinds:
+            kinds_now = {"activations": activations, "gradients": standing + made, "buffers": buckets}
+            moments.append({**kinds_now, **live})
+
+    # At the start of the first backward pass: everything that was kept, no gradients but that of a vocabulary's scores.
+    scored = joint is not None and part.is_last and config.model.masked_text_head
+    passing(graphs, standing, largest if scored else 0.0)
     # Where micro-batches follow each other, their gradients meet a graph that is still whole.
-    accumulated = _accumulated(candidate, held)
     if k > 1:
-        again = graph.kept * (graphs if candidate.pipeline > 1 else 1) + graph.working
-        added = held.numbers.largest * held.element
-        moments.append({"activations": again, "gradients": accumulated + added, "buffers": buckets, **live})
+        passing(graphs if candidate.pipeline > 1 else 1, _accumulated(candidate, held), largest)
     moments.append({**_reduction(candidate, held), "inputs": data})
     passes = max(moments, key=lambda kinds: sum(kinds.values()))
     return Memory(
@@ -162,7 +179,7 @@ def _of_stage(
         {**state, **passes},
         {**state, **_update(candidate, held), "inputs": data},
         _host(candidate, held),
-        {"graph": graph.kept, "working": graph.working},
+        {"graph": graph.kept + (0.0 if joint is None else joint.kept), "working": graph.working},
     )
 
 

@@ -21,8 +21,10 @@ _KINDS: dict[str, tuple[str, Collective]] = {
     "tensor parallel": ("tensor", "all_reduce"),
     "tensor parallel norms": ("tensor", "all_reduce"),
     "pipeline": ("pipeline", "send"),
+    "masked": ("data", "all_reduce"),
     "batches": ("model", "send"),
 }
+_WIDE = ("tensor parallel norms", "masked")  # sums that are fp32 or fp64 whatever the precision
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Network:
         where, collective = _KINDS[kind]
         if kind == "gradients" and self.stage == 3:
             collective = "reduce_scatter"
-        elif collective == "all_reduce" and self.precision == "bf16" and kind != "tensor parallel norms":
+        elif collective == "all_reduce" and self.precision == "bf16" and kind not in _WIDE:
             collective = "all_reduce_bf16"
         ring = self.rings[where]
         if ring.ranks == 1 or not size:

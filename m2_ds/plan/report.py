@@ -43,6 +43,8 @@ def basis(planner: Planner) -> list[str]:
     ]
     if config.loss.vl_weight == 0:
         lines.append("an upper bound: loss.vl_weight is 0, and a backward of the vision-language layers is counted")
+    if config.loss.cmim.visual_tokenizer is not None and config.loss.cmim.weight > 0:
+        lines.append("not counted: time and memory of the visual tokenizer, which the planner does not know")
     if cluster.basis == "data sheet":
         lines.append(
             f"extrapolated: every second, days and MFU, from data sheets of {cluster.name}; memory of GPUs, which no "

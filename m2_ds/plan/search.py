@@ -122,12 +122,15 @@ class Planner:
         return Plan(fitting, _best_of_layouts(p for p in found if not p.fits), refused, len(found))
 
     def candidates(self, global_batch: int, contrastive_batch: int) -> Iterator[Candidate]:
-        cluster, model = self.cluster, self.config.model
+        cluster, model, cmim = self.cluster, self.config.model, self.config.loss.cmim
+        attentive = cmim.weight > 0 and cmim.choose == "attentive"  # masks that a pipeline cannot make
         for tensor in _divisors(cluster.ranks_per_node):
             if model.num_heads % tensor or model.ffn_size % tensor:
                 continue
             for pipeline in _divisors(cluster.ranks // tensor):
                 if pipeline > min(MOST_STAGES, model.num_layers + model.num_vl_layers):
+                    continue
+                if pipeline > 1 and attentive:
                     continue
                 data = cluster.ranks // tensor // pipeline
                 share, rest = divmod(global_batch, data)
@@ -148,7 +151,7 @@ class Planner:
             for micro_batch in (m for m in _powers(share) if m <= MOST_MICRO_BATCH):
                 k = share // micro_batch
                 for recompute in POLICIES:
-                    for sequence in (False, True) if tensor > 1 else (False,):
+                    for sequence in (False, True) if tensor > 1 and not self.config.loss.masked else (False,):
                         for once in (True, False) if stage >= 2 and k > 1 else (True,):
                             yield Candidate(
                                 tensor, pipeline, data, zero, group, micro_batch, k, recompute, sequence,
@@ -183,11 +186,6 @@ def _refuse(config: RunConfig) -> None:
         raise ValueError(f"optim.kind is {config.optim.kind}: the planner counts AdamW's memory and time; set adamw")
     if config.lora is not None:
         raise ValueError("lora is set: the planner knows no adapters; leave it out (they need less of everything)")
-    if config.loss.masked:
-        raise ValueError(
-            "loss.cmlm or loss.cmim is set: the planner does not know joint sequences; plan with "
-            "their weights at 0, and leave room (docs/masked.md says what they cost)"
-        )
     if config.engine.fp8:
         raise ValueError("engine.fp8 is set: the planner knows fp32 and bf16; leave it out")
 

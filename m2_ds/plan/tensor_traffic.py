@@ -15,8 +15,11 @@ all-reduce of N D e bytes.
   them: 2 + 1 sums. What every rank holds whole and applies to its own tokens (2 norms, 2 biases: 6 D numbers) sums its
   gradients. Each stack gathers its tokens at its end and, in backward, at its beginning, and its final norm has 2 D
   numbers more. The last layer computes all tokens.
+- A joint layer (m2_ds.plan.joint) sends as much a token, in twice as many messages: for its two branches apart.
+- Scores of R hidden tokens over a vocabulary that is cut: forward gathers three fp32 numbers a token, backward sums
+  their states' gradients, R D e bytes.
 - Recomputation repeats a layer's forward without its last collective: nothing behind it is needed for backward (with
-  stochastic depth something is).
+  stochastic depth something is): of a joint layer that is the captions' branch, the last.
 """
 
 from collections.abc import Sequence
@@ -24,6 +27,7 @@ from dataclasses import astuple, dataclass
 
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.stack import Part
+from m2_ds.plan.joint import Joint
 from m2_ds.plan.work import BYTES, Tokens
 
 
@@ -46,14 +50,17 @@ class Sent:
 
 
 def layer_bytes(
-    tokens: int, width: int, ranks: int, element: int, sequence: bool, again: bool, classes: int | None = None
-) -> Sent:
-    """Of one modality in one layer; ``again``: with recomputation, ``classes``: those alone."""
+    tokens: int, width: int, ranks: int, element: int, sequence: bool, again: bool, classes: int | None = None,
+    last: int | None = None,
+) -> Sent:  # fmt: skip
+    """Of one modality in one layer; ``again``: with recomputation, ``classes``: those alone, ``last``: tokens of the
+    last collective, by default all."""
     ring = 2 * (ranks - 1) / ranks
     if classes is not None and not sequence:
-        total, forward, backward, last = classes, 2 * classes, tokens + 2 * classes, classes
+        total, forward, backward = classes, 2 * classes, tokens + 2 * classes
     else:
-        total, forward, backward, last = tokens, 2 * tokens, (3 if sequence else 2) * tokens, tokens
+        total, forward, backward = tokens, 2 * tokens, (3 if sequence else 2) * tokens
+    last = total if last is None else last
     repeated = forward - (last / 2 if sequence else last) if again else 0.0
     whole = 6 if sequence else 0
     norms = ring * 2 * 2 * 4 * total
@@ -88,4 +95,17 @@ def part_bytes(
         if sequence:
             once = ring / 2 * tokens.tokens * width * element
             found += Sent(stacks * once, stacks * once + norms * ring * 2 * width * element)
+    return found
+
+
+def joint_bytes(model: M2EncoderConfig, part: Part, joint: Joint, ranks: int, precision: str) -> Sent:
+    """Of a forward and backward of joint sequences, and of the scores behind them."""
+    width, element, ring = model.hidden_size, BYTES[precision], 2 * (ranks - 1) / ranks
+    text, again = joint.text.tokens, model.recompute != "none"
+    layer = layer_bytes(joint.of.tokens, width, ranks, element, False, again, last=text)
+    found = Sent(ring * text * width * element) if part.is_first else Sent()
+    for _ in range(part.end - part.start):
+        found += layer
+    if part.is_last:
+        found += Sent((ranks - 1) * 3 * 4 * joint.words, ring * joint.words * width * element)
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from m2_ds.config import RunConfig
 from m2_ds.model.stack import Part
 from m2_ds.plan.cluster import Arithmetic, Cluster
+from m2_ds.plan.joint import head_work, joint_of, joint_work, scores_again
 from m2_ds.plan.layout import Candidate, Load, model_of
 from m2_ds.plan.network import Network
 from m2_ds.plan.traffic import Traffic
@@ -54,28 +55,34 @@ def step_time(
     of = tokens_of(model, load, c.micro_batch, on_cpu, c.tensor if c.sequence else 1)
     network = Network(cluster, c, config.engine.precision)
     width = model.hidden_size / c.tensor**0.5  # a product cut over r ranks is about as fast as one of this width
-    forward, backward, working, inside = [], [], 0.0, []
+    joint = joint_of(config, load, c.micro_batch)
+    working, by_stage = 0.0, []
     for part, sent in zip(stages, traffic):
         work = part_work(model, part, of, element, c.tensor, c.sequence)
         working += work.operations * c.tensor
-        f, b = _passes(work, speeds, width)
+        found = _Passes.of(work, speeds, width, c.recompute)
         if k > 1:
             trained = weights_of(config, part, c.tensor).trained
-            b += ACCUMULATION_BYTES * trained * element / (speeds.pointwise_backward_gbs * 1e9)
-        forward.append(f)
-        backward.append(b)
-        inside.append(sum(network.seconds(x, sent.sent.get(x, 0), sent.messages.get(x, 0)) for x in SEPARATE) / k)
-    again = {"none": 0.0, "selective": 1.0, "full": 1.0}[c.recompute]
-    slowest = max(range(len(stages)), key=lambda s: forward[s] + backward[s] + inside[s])
-    f, b, wait = forward[slowest], backward[slowest], inside[slowest]
-    # Selective recomputation leaves out products: what is computed again is the rest of a forward.
-    rest = _rest(part_work(model, stages[slowest], of, element, c.tensor, c.sequence), speeds, width)
-    repeated = f if c.recompute == "full" else rest
+            found.backward += ACCUMULATION_BYTES * trained * element / (speeds.pointwise_backward_gbs * 1e9)
+        inside = sum(network.seconds(x, sent.sent.get(x, 0), sent.messages.get(x, 0)) for x in SEPARATE) / k
+        of_joint = _Passes(0.0, 0.0, 0.0)
+        if joint is not None:
+            working += (joint_work(model, part, joint, element) + head_work(model, part, joint, element)).operations
+            of_joint = _Passes.of(joint_work(model, part, joint, element, c.tensor), speeds, width, c.recompute)
+            heads = _seconds(head_work(model, part, joint, element, c.tensor), speeds, width)
+            again, _ = _seconds(scores_again(model, part, joint, c.tensor), speeds, width)
+            of_joint.forward += heads[0]
+            of_joint.backward += heads[1] + again
+        by_stage.append((found, of_joint, inside))
+    both, of_joint, wait = max(by_stage, key=lambda x: x[0].once + x[1].once + x[2])
     parts: dict[str, float] = {
-        "forward": k * f,
-        "second forward": (k - c.kept) * f,
-        "recomputation": again * k * repeated,
-        "backward": k * b,
+        "forward": k * both.forward,
+        "second forward": (k - c.kept) * both.forward,
+        "recomputation": k * both.repeated,
+        "backward": k * both.backward,
+        "masked forward": k * of_joint.forward,
+        "masked recomputation": k * of_joint.repeated,
+        "masked backward": k * of_joint.backward,
         "send in passes": k * wait,
     }
     busy = sum(parts.values())
@@ -92,8 +99,29 @@ def step_time(
     return StepTime({name: s for name, s in parts.items() if s > 0}, 3 * working * k * c.data, c.ranks)
 
 
-def _passes(work: Work, speeds: Arithmetic, width: float) -> tuple[float, float]:
-    """Seconds of a forward and of a backward of one micro-batch."""
+@dataclass
+class _Passes:
+    """Seconds of a micro-batch's forward and backward, and of what recomputation repeats of the forward."""
+
+    forward: float
+    backward: float
+    repeated: float
+
+    @classmethod
+    def of(cls, work: Work, speeds: Arithmetic, width: float, recompute: str) -> "_Passes":
+        forward, backward = _seconds(work, speeds, width)
+        # Selective recomputation leaves out products: what is computed again is the rest of a forward.
+        rest = Work(0.0, work.attention, work.pointwise, 0.0, work.launches)
+        repeated = {"none": 0.0, "selective": _seconds(rest, speeds, width)[0], "full": forward}
+        return cls(forward, backward, repeated[recompute])
+
+    @property
+    def once(self) -> float:
+        return self.forward + self.backward
+
+
+def _seconds(work: Work, speeds: Arithmetic, width: float) -> tuple[float, float]:
+    """Of a forward and of a backward of one micro-batch."""
     forward, backward = speeds.product_tflops(width)
     return (
         work.products / forward / 1e12
@@ -105,11 +133,6 @@ def _passes(work: Work, speeds: Arithmetic, width: float) -> tuple[float, float]
         + work.pointwise_backward / speeds.pointwise_backward_gbs / 1e9
         + work.launches * speeds.layer_backward_us / 1e6,
     )
-
-
-def _rest(work: Work, speeds: Arithmetic, width: float) -> float:
-    """A forward without its products."""
-    return _passes(Work(0.0, work.attention, work.pointwise, 0.0, work.launches), speeds, width)[0]
 
 
 def _loss(config: RunConfig, c: Candidate, load: Load, cluster: Cluster) -> float:
@@ -146,9 +169,10 @@ def _hide(parts: dict[str, float], c: Candidate, cluster: Cluster) -> None:
     if c.stage < 2 or not cluster.overlap:
         return
     behind = 1 if c.reduce_once else c.accumulation
-    room = cluster.overlap * parts["backward"] * behind / c.accumulation
+    backward = parts["backward"] + parts["masked backward"] * (c.stage == 3)
+    room = cluster.overlap * backward * behind / c.accumulation
     if c.stage == 3:
-        room += cluster.overlap * (parts["forward"] + parts["second forward"])
+        room += cluster.overlap * (parts["forward"] + parts["second forward"] + parts["masked forward"])
     kinds = ["send gradients"] if c.accumulation == 1 or not c.reduce_once else []
     for name in [*kinds, *(["send parameters"] if c.stage == 3 else [])]:
         hidden = min(room, parts.get(name, 0.0))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from m2_ds.config import RunConfig
 from m2_ds.model.stack import Part
+from m2_ds.plan.joint import Joint, joint_of
 from m2_ds.plan.layout import Candidate, Load, model_of
-from m2_ds.plan.tensor_traffic import part_bytes
+from m2_ds.plan.tensor_traffic import joint_bytes, part_bytes
 from m2_ds.plan.weights import group_sizes, weights_of
 from m2_ds.plan.work import BYTES, Tokens, tokens_of
 
@@ -41,6 +42,7 @@ def traffic_of(
     part, c, k = stages[stage], candidate, candidate.accumulation
     model, element = model_of(config, c), BYTES[config.engine.precision]
     of = tokens_of(model, load, c.micro_batch, on_cpu, c.tensor if c.sequence else 1)
+    joint = joint_of(config, load, c.micro_batch)
     sent: dict[str, float] = {}
     messages: dict[str, float] = {}
 
@@ -56,20 +58,32 @@ def traffic_of(
         calls = layers * (4 * k + 2 * alone + (2 * k if model.recompute != "none" else 0))
         add("tensor parallel", once.forward * (k + alone) + once.backward * k, calls)
         add("tensor parallel norms", once.norms_forward * (k + alone) + once.norms_backward * k, calls)
+        if joint is not None:  # in the forward that has a backward
+            added = joint_bytes(model, part, joint, c.tensor, config.engine.precision)
+            calls = layers * k * (4 + 2 * (model.recompute != "none"))
+            add("tensor parallel", k * (added.forward + added.backward), calls + 2 * k * part.is_last)
+            add("tensor parallel norms", k * (added.norms_forward + added.norms_backward), calls)
     if part.is_last:
         _add_loss(add, config, c, load)
     _add_state(add, config, c, part, element, exactly)
-    if c.pipeline > 1 and stage < c.pipeline - 1:  # forward in both passes
-        add("pipeline", 2 * k * _rows(config, of, stages[stage]) * model.hidden_size * element, 2 * k)
+    row = model.hidden_size * element
+    if c.pipeline > 1 and stage < c.pipeline - 1:  # forward in both passes, joint sequences in the second
+        rows = _rows(config, of, stages[stage])
+        add("pipeline", k * (2 * rows + _joint_rows(joint)) * row, 2 * k)
     if c.pipeline > 1 and stage > 0:  # gradients back in the second
-        add("pipeline", k * _rows(config, of, stages[stage - 1]) * model.hidden_size * element, k)
+        add("pipeline", k * (_rows(config, of, stages[stage - 1]) + _joint_rows(joint)) * row, k)
+    if joint is not None and c.data > 1:  # how many words and patches are hidden
+        add("masked", 2 * (c.data - 1) / c.data * 16, 1)
     if c.tensor * c.pipeline > 1:
         first = stage == 0
         numbers = 8 * k * (2 * load.captions * c.micro_batch * load.length + (load.captions + 2) * c.micro_batch)
         over_tensor = (c.tensor - 1) / c.tensor
         pictures = k * c.micro_batch * 3 * model.image_size**2
-        size = numbers * ((c.pipeline - 1) / c.pipeline + over_tensor * first) + pictures * over_tensor * first
-        add("batches", size, 2 + k)
+        at_end = c.pipeline > 1 and config.loss.cmim.weight > 0  # which are told there
+        size = numbers * (c.pipeline - 1) / c.pipeline
+        if first:
+            size += numbers * over_tensor + pictures * (over_tensor + at_end)
+        add("batches", size, 2 + k * (1 + at_end * first))
     return Traffic(sent, messages)
 
 
@@ -78,6 +92,10 @@ def _rows(config: RunConfig, of: list[Tokens], part: Part) -> int:
     rows = sum(tokens.padded for tokens in of)
     behind = part.end >= config.model.num_layers and config.loss.unimodal_weight > 0
     return rows + (sum(tokens.samples for tokens in of) if behind else 0)
+
+
+def _joint_rows(joint: Joint | None) -> int:
+    return 0 if joint is None else joint.of.tokens
 
 
 def _add_loss(add: Add, config: RunConfig, c: Candidate, load: Load) -> None:
@@ -117,5 +135,6 @@ def _add_state(add: Add, config: RunConfig, c: Candidate, part: Part, element: i
     add("gradients", times * ring * numbers.trained * element, times * buckets)
     forwards = c.accumulation + (c.accumulation - c.kept)
     backwards = c.accumulation
-    uses = forwards + backwards if numbers.all > 1e9 else forwards
+    joint = c.accumulation if config.loss.masked else 0  # use every layer once more, behind pictures and captions
+    uses = forwards + backwards + 2 * joint if numbers.all > 1e9 else forwards
     add("parameters", uses * ring * numbers.all * element, uses * max(1, numbers.tensors // 4))

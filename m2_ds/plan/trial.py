@@ -19,6 +19,8 @@ from m2_ds.model.weights import init_weights
 from m2_ds.parallel.collectives import barrier
 from m2_ds.parallel.mesh import Mesh
 from m2_ds.plan.cluster import PRESETS
+from m2_ds.plan.joint import ENDS
+from m2_ds.words import Words
 
 
 def trial_tree(model: dict[str, Any], zero: str, batch: int, micro_batch: int, precision: str) -> dict[str, Any]:
@@ -36,13 +38,20 @@ def trial_tree(model: dict[str, Any], zero: str, batch: int, micro_batch: int, p
 
 
 def random_pairs(model: M2EncoderConfig, pairs: int, lengths: tuple[int, int], seed: int) -> PairBatch:
-    """``pairs`` pictures, each with one caption of lengths[0] to lengths[1] - 1 tokens; no two of one group or slot."""
+    """``pairs`` pictures, each with one caption of lengths[0] to lengths[1] - 1 tokens; no two of one group or slot.
+
+    A caption begins with token 0 and ends with token 1, as `random_words` has them.
+    """
     g = torch.Generator().manual_seed(seed)
     side, longest = model.image_size, lengths[1] - 1
     tokens = torch.randint(*lengths, (1, pairs, 1), generator=g)
+    images = torch.randint(0, 256, (pairs, 3, side, side), generator=g).to(torch.uint8)
+    ids = torch.randint(ENDS, model.vocab_size, (1, pairs, longest), generator=g)
+    ids[..., 0] = 0
+    ids.scatter_(2, tokens - 1, 1)
     return PairBatch(
-        images=torch.randint(0, 256, (pairs, 3, side, side), generator=g).to(torch.uint8),
-        ids=torch.randint(0, model.vocab_size, (1, pairs, longest), generator=g),
+        images=images,
+        ids=ids,
         mask=(torch.arange(longest) < tokens).long(),
         language=torch.zeros(1, pairs, dtype=torch.int64),
         group=torch.arange(pairs) + seed * pairs,
@@ -50,6 +59,12 @@ def random_pairs(model: M2EncoderConfig, pairs: int, lengths: tuple[int, int], s
         keys=[],
         skipped={},
     )
+
+
+def random_words(model: M2EncoderConfig) -> Words:
+    """How the ids of `random_pairs` make words: every token one, but the ends of captions."""
+    ids = torch.arange(model.vocab_size)
+    return Words(begins=ids >= ENDS, ends=ids < 0, special=ids < ENDS, mask_id=ENDS)
 
 
 Clock = Literal["wall", "cpu"]
@@ -91,7 +106,8 @@ class Trial:
         freeze_unreached(model, config.loss)
         self.engine = build_engine(model, config, settings, mesh, module)
         self.engine.train()
-        self.step = ContrastiveStep(self.engine, config, mesh, languages=1)
+        words = random_words(config.model) if config.loss.masked else None
+        self.step = ContrastiveStep(self.engine, config, mesh, languages=1, words=words)
         self._number = 0
 
     def run(self, steps: int) -> list[float]:

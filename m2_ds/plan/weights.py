@@ -19,6 +19,11 @@ from m2_ds.model.encoder import M2Encoder
 from m2_ds.model.stack import Part
 
 _CUT = re.compile(r"\.(qkv_proj|inner_attn_ln|ffn_layernorm|fc1)\.|\.(out_proj|fc2)\.([AB]\.)?weight$")
+_VOCABULARY = (
+    "backbone.text_embed.weight",
+    "masked_text_head.vocabulary.weight",
+    "masked_text_head.vocabulary.bias",
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,8 @@ def _numbers(model: nn.Module, ranks: int) -> dict[str, int]:
 
 
 def _share(name: str, parameter: nn.Parameter, ranks: int) -> int:
-    if name == "backbone.text_embed.weight":  # filled up where the ranks do not divide the words
-        rows, width = parameter.shape
-        return -(-rows // ranks) * width
+    if name in _VOCABULARY:  # filled up where the ranks do not divide the words
+        return -(-len(parameter) // ranks) * (parameter.numel() // len(parameter))
     return parameter.numel() // ranks if _CUT.search(name) else parameter.numel()
 
 

@@ -86,6 +86,25 @@ def test_gradients_meet_activations_only_where_micro_batches_follow_each_other()
     assert two.passes["gradients"] > 0 and two.passes["activations"] == one.passes["activations"]
 
 
+def test_gradients_of_joint_sequences_wait_for_those_of_pictures_and_captions() -> None:
+    load, loss = Load(1, 32, 32), {"loss": {"cmlm": {"weight": 1.0}, "cmim": {"weight": 1.0, "choose": "random"}}}
+    plain, masked = (trial_tree(MODEL, "zero1", 8, 4, "bf16") | more for more in ({}, loss))
+    whole = (
+        2 * weights_of(RunConfig.model_validate(masked), Part.whole(RunConfig.model_validate(masked).model), 1).trained
+    )
+    assert predicted(plain, 1, load, on_cpu=False)[0].passes["gradients"] < whole
+    (found,) = predicted(masked, 1, load, on_cpu=False)
+    assert found.passes["gradients"] == 2 * whole  # those of the first micro-batch, and of the second
+    wide = MODEL | {"image_size": 224, "vocab_size": 2000}
+    graphs = [
+        predicted(trial_tree(wide, "zero1", 256, 256, "bf16") | more, 1, load, on_cpu=False)[0] for more in ({}, loss)
+    ]
+    assert graphs[1].passes["activations"] > graphs[1].facts["graph"] > 3 * graphs[0].facts["graph"]
+    cut = masked | {"parallel": {"pipeline_parallel_size": 2}, "global_batch": 32}
+    first, last = predicted(cut, 2, load, on_cpu=False)
+    assert first.facts["graph"] > 0 and last.passes["weights"] > first.passes["weights"]
+
+
 def test_reducing_each_micro_batch_keeps_a_part_of_the_gradients() -> None:
     tree = trial_tree(MODEL | {"image_size": 224}, "zero2", 512, 64, "bf16")
     (once,) = predicted(tree, 4, Load(1, 32, 32), on_cpu=False)

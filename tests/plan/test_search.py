@@ -146,9 +146,41 @@ def test_what_cannot_be_planned_is_told(words: list[str], told: str, capsys: pyt
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_masked_objectives_are_refused() -> None:
-    with pytest.raises(ValueError, match="loss.cmlm or loss.cmim is set"):
-        planner({"preset": "tiny"}, loss={"cmlm": {"weight": 1.0}})
+MASKED = {"cmlm": {"weight": 1.0}, "cmim": {"weight": 1.0, "choose": "random"}}
+
+
+def test_masked_objectives_take_more_of_everything() -> None:
+    plain, masked = planner({"preset": "1b"}), planner({"preset": "1b"}, loss=MASKED)
+    c = Candidate(2, 2, 2, "zero1", 2, 64, 32, "full")
+    less, more = plain.predict(c), masked.predict(c)
+    for a, b in zip(less.memory, more.memory):
+        assert b.peak > a.peak
+    for a, b in zip(less.traffic, more.traffic):
+        assert b.sent["tensor parallel"] > a.sent["tensor parallel"] and b.sent["pipeline"] > a.sent["pipeline"]
+    own = [name for name in more.time.parts if name.startswith("masked ")]
+    assert own == ["masked forward", "masked recomputation", "masked backward"]
+    assert not [name for name in less.time.parts if "masked" in name]
+    assert more.time.parts["second forward"] == less.time.parts["second forward"]  # which leaves them out
+
+
+@pytest.mark.parametrize("choose", ["random", "attentive"])
+def test_layouts_with_masked_objectives_are_those_that_the_trainer_takes(choose: str) -> None:
+    room = planner({"preset": "1b"}, loss={**MASKED, "cmim": {"weight": 1.0, "choose": choose}})
+    made = list(room.candidates(4096, 4096))
+    assert {c.pipeline > 1 for c in made} == ({False, True} if choose == "random" else {False})
+    assert {c.tensor > 1 for c in made} == {False, True} and not [c for c in made if c.sequence]
+    found = room.search(4096, 4096)
+    assert found.fitting and not found.refused
+    for p in found.fitting:
+        room.check(p.candidate)
+    told = text(found, room, None)
+    assert "masked backward" in told
+
+
+def test_a_visual_tokenizer_is_not_counted_and_that_is_told() -> None:
+    codes = {"cmim": {"weight": 1.0, "targets": "codes", "visual_tokenizer": "mine:load"}}
+    assert [line for line in basis(planner({"preset": "tiny"}, loss=codes)) if "visual tokenizer" in line]
+    assert not [line for line in basis(planner({"preset": "tiny"}, loss=MASKED)) if "visual tokenizer" in line]
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml")))

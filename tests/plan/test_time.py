@@ -6,6 +6,7 @@ import pytest
 
 from m2_ds.config import RunConfig
 from m2_ds.plan.cluster import Arithmetic, Cluster, load_cluster
+from m2_ds.plan.joint import joint_of, joint_work, scores_again
 from m2_ds.plan.layout import Candidate, Load
 from m2_ds.plan.memory import stage_parts
 from m2_ds.plan.network import Network
@@ -55,6 +56,25 @@ def test_passes_are_counted_by_what_is_kept() -> None:
     assert "second forward" not in kept
     again = seconds(candidate(recompute="full"), cluster()).parts
     assert again["recomputation"] == pytest.approx(whole["forward"])
+
+
+def test_masked_objectives_run_once_and_score_twice() -> None:
+    tree = trial_tree(MODEL, "zero1", 64, 8, "fp32")
+    config = RunConfig.model_validate(tree | {"loss": {"cmlm": {"weight": 1.0}}})
+    patches = seconds(candidate(), cluster(), tree | {"loss": {"cmim": {"weight": 1.0, "choose": "random"}}}).parts
+    assert patches["masked backward"] == pytest.approx(patches["masked forward"], rel=1e-6)
+    words = seconds(candidate(), cluster(), config.model_dump(mode="json")).parts
+    joint, whole = joint_of(config, Load.of(config), 4), stage_parts(config, 1)[0]
+    assert joint is not None
+    again = 4 * scores_again(config.model, whole, joint).products / 1e9
+    assert words["masked backward"] == pytest.approx(words["masked forward"] + again, rel=1e-6)
+    plain = seconds(candidate(), cluster()).parts
+    assert words["second forward"] == plain["second forward"]
+    kept = seconds(candidate(kept_graphs=4), cluster(), config.model_dump(mode="json")).parts
+    assert kept["masked forward"] == words["masked forward"] and "second forward" not in kept
+    full = seconds(candidate(recompute="full"), cluster(), config.model_dump(mode="json")).parts
+    of_layers = 4 * joint_work(config.model, whole, joint, 4).products / 1e9
+    assert full["masked recomputation"] == pytest.approx(of_layers, rel=0.05)  # without heads
 
 
 def test_a_pipeline_waits_for_its_slowest_stage() -> None:

@@ -30,8 +30,14 @@ def counted(model: torch.nn.Module) -> Weights:
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"loss": {"unimodal_weight": 0}}, {"loss": {"form": "sigmoid"}, "model": {"logit_bias": True}}],
-    ids=["both levels", "one level", "sigmoid"],
+    [
+        {},
+        {"loss": {"unimodal_weight": 0}},
+        {"loss": {"form": "sigmoid"}, "model": {"logit_bias": True}},
+        {"loss": {"cmlm": {"weight": 1.0}}},
+        {"loss": {"cmlm": {"weight": 1.0}, "cmim": {"weight": 1.0, "choose": "random"}}},
+    ],
+    ids=["both levels", "one level", "sigmoid", "masked words", "masked words and patches"],
 )
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
 def test_every_stage_is_counted_as_it_is_built(more: dict[str, Any], stages: int) -> None:
@@ -67,6 +73,7 @@ def of_a_rank(mesh: Mesh, tree: dict[str, Any]) -> Weights:
 @pytest.mark.distributed
 @pytest.mark.timeout(90)
 def test_tensor_parallel_ranks_hold_what_the_rule_cuts() -> None:
-    config = config_of({"vocab_size": 601})
+    """With heads of masked objectives: the vocabulary is cut where it is looked up and where it is scored."""
+    config = config_of({"vocab_size": 601}, loss={"cmlm": {"weight": 1.0}, "cmim": {"weight": 1.0}})
     wanted = weights_of(config, Part.whole(config.model), 2)
     assert run_ranks(2, of_a_rank, config.model_dump(mode="json")) == [wanted, wanted]

@@ -3,11 +3,19 @@
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from m2_ds.config import RunConfig
 from m2_ds.engine.flops import StepFlops
 from m2_ds.model.config import PRESETS, M2EncoderConfig
+from m2_ds.model.encoder import M2Encoder
+from m2_ds.model.masked import MaskedInputs
 from m2_ds.model.stack import Part
+from m2_ds.plan.joint import ENDS, head_work, joint_of, joint_work, scores_again
 from m2_ds.plan.layout import Load
+from m2_ds.plan.trial import trial_tree
 from m2_ds.plan.work import Tokens, Work, layer_work, loss_work, part_work, tokens_of
 
 
@@ -56,3 +64,59 @@ def test_class_tokens_alone_need_keys_and_values_of_all() -> None:
     assert found.products == 2 * (20 * 2 * width**2 + 2 * (2 * width**2 + 8 * width**2))
     assert found.attention == 4 * 2 * 10 * width
     assert Work() + found == found
+
+
+def masked_run(loss: dict[str, Any], pairs: int = 3) -> RunConfig:
+    return RunConfig.model_validate(trial_tree({"preset": "test"}, "zero1", pairs, pairs, "fp32") | {"loss": loss})
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"cmlm": {"weight": 1.0, "share": 1.0}},
+        {"cmim": {"weight": 1.0}},
+        {"cmlm": {"weight": 1.0, "share": 1.0}, "cmim": {"weight": 1.0, "choose": "random"}},
+    ],
+    ids=["words", "patches, attentive", "both"],
+)
+def test_masked_objectives_are_what_torch_counts(loss: dict[str, Any]) -> None:
+    config, pairs, length = masked_run(loss), 3, 12
+    model = M2Encoder(config.model)
+    joint = joint_of(config, Load(1, length, length), pairs)
+    assert joint is not None
+    images = torch.zeros(pairs, 3, 32, 32)
+    ids, mask = torch.ones(pairs, length, dtype=torch.int64), torch.ones(pairs, length)
+    places = torch.arange(length).expand(pairs, -1)
+    patches = torch.arange(config.model.num_patches).expand(pairs, -1)
+    masked = MaskedInputs(
+        (places > 0) & (places < length - 1) if config.loss.cmlm.weight else None,
+        0,
+        patches < joint.patches // pairs if config.loss.cmim.weight and not joint.attentive else None,
+        joint.patches // pairs,
+        None,
+        torch.ones(pairs, dtype=torch.bool),
+    )
+    found = []
+    for asked in (None, masked):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model(images, ids, mask, None, None, asked)
+        found.append(counter.get_total_flops())
+    part = Part.whole(config.model)
+    work = joint_work(config.model, part, joint, 4) + head_work(config.model, part, joint, 4)
+    assert work.operations == pytest.approx(found[1] - found[0], rel=0.001)
+
+
+def test_heads_are_on_the_last_stage_and_their_vocabulary_is_cut() -> None:
+    config = masked_run({"cmlm": {"weight": 1.0}, "cmim": {"weight": 1.0}})
+    model = config.model
+    joint = joint_of(config, Load(2, 12, 8), 3)
+    assert joint is not None and (joint.of.samples, joint.of.length) == (12, 17 + 12)
+    assert joint.words == 6 * (8 - ENDS) / 2 and joint.patches == 6 * 6
+    first, last = Part(0, 2, True, False), Part(2, 3, False, True)
+    assert head_work(model, first, joint, 4) == scores_again(model, first, joint) == Work()
+    whole = joint_work(model, Part.whole(model), joint, 4)
+    assert sum(joint_work(model, p, joint, 4).operations for p in (first, last)) == pytest.approx(whole.operations)
+    again = scores_again(model, last, joint).operations
+    assert again == 2 * joint.words * 600 * model.hidden_size
+    assert scores_again(model, last, joint, ranks=7).operations == again * 86 / 600
+    assert joint_of(masked_run({}), Load(1, 12, 12), 3) is None
