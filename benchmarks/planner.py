@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How well m2_ds.plan predicts: memory peaks and step times of real runs on this machine, against its formulae.
 
-    python benchmarks/planner.py                     # measures the machine first (2 minutes), then 24 layouts
+    python benchmarks/planner.py                     # measures the machine first (2 minutes), then 29 layouts
     python benchmarks/planner.py --cluster this.yaml # with a file of m2 plan --measure
     python benchmarks/planner.py --only tp           # layouts whose name holds a word
 
@@ -53,7 +53,8 @@ LONG = {
 
 @dataclass(frozen=True)
 class Job:
-    """``pairs`` of a rank's micro-batch, ``k`` micro-batches a step; ``parallel`` and ``engine``: fields of these."""
+    """``pairs`` of a rank's micro-batch, ``k`` micro-batches a step; ``parallel``, ``engine``, ``loss``: fields of
+    these."""
 
     name: str
     ranks: int
@@ -65,6 +66,7 @@ class Job:
     recompute: str = "none"
     parallel: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tree(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Job:
         batch = self.ranks // cut * self.pairs * self.k
         tree = trial_tree({**self.model, "recompute": self.recompute}, self.zero, batch, self.pairs, self.precision)
         tree["engine"] |= self.engine
-        return {**tree, "parallel": self.parallel}
+        return {**tree, "parallel": self.parallel, "loss": self.loss}
 
 
 def jobs() -> list[Job]:
@@ -104,6 +106,17 @@ def jobs() -> list[Job]:
         Job("wide, dp 2, zero3, fp32", 2, WIDE, 8, zero="zero3"),
         Job("wide, dp 2, zero3, k 2, bf16", 2, WIDE, 8, 2, "zero3", "bf16"),
     ]
+    words, patches = {"cmlm": {"weight": 1.0}}, {"cmim": {"weight": 1.0}}
+    random = {"cmim": {"weight": 1.0, "choose": "random"}}
+    found += [
+        Job("long, 1 rank, masked words and patches, fp32", 1, LONG, 8, loss={**words, **patches}),
+        Job("long, 1 rank, full, masked patches, bf16", 1, LONG, 8, precision="bf16", recompute="full", loss=patches),
+        Job("wide, tp 2, masked words, fp32", 2, WIDE, 8, parallel={"tensor_parallel_size": 2}, loss=words),
+        Job(
+            "wide, pp 2, k 4, masked words and patches, fp32", 2, WIDE, 8, 4, parallel={"pipeline_parallel_size": 2},
+            loss={**words, **random},
+        ),
+    ]  # fmt: skip
     return found
 
 
