@@ -80,6 +80,17 @@ class CheckpointConfig(Settings):
     keep_every: int = Field(
         0, ge=0, description="checkpoints at multiples of this many steps are kept for good; 0: none"
     )
+    asynchronous: bool = Field(
+        False,
+        description="training goes on from a copy in the host's memory while files are written: 12 bytes a trained "
+        "and 4 a frozen number, over the data-parallel ranks",
+    )
+    failures_allowed: int = Field(
+        2,
+        ge=0,
+        description="checkpoints in a row that may fail to be written (a full disk) while an older one is there; the "
+        "next due one tries again. 0: the first failure ends the run",
+    )
 
 
 class ProfileConfig(Settings):

@@ -8,6 +8,7 @@ tokenizer_config.json, tokenizer.model   where the run had a tokenizer
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,12 @@ class WeightWriter:
     disk; making a folder appear atomically is the caller's part.
     """
 
-    def __init__(self, mesh: Mesh, max_file_bytes: int = 2 << 30) -> None:
+    def __init__(
+        self, mesh: Mesh, max_file_bytes: int = 2 << 30, guard: AbstractContextManager[Any] | None = None
+    ) -> None:
+        """``guard``: entered around every write; one that keeps errors lets the ranks' collectives go on."""
         self.mesh, self.max_file_bytes = mesh, max_file_bytes
+        self.guard = nullcontext() if guard is None else guard
         self._number = 0
         self._held: dict[Path, dict[str, Tensor]] = {}
 
@@ -66,13 +71,15 @@ class WeightWriter:
         weight_map = {name: file for stage in files for file, members in stage.items() for name in members}
         if self.mesh.is_first and SINGLE not in weight_map.values():
             total = sum(size for stage in stages for size in stage.values())
-            write_json(folder / INDEX, index_fields(weight_map, total))
+            with self.guard:
+                write_json(folder / INDEX, index_fields(weight_map, total))
 
     def finish(self) -> None:
         """Write what this rank still holds."""
         for path, tensors in self._held.items():
-            save_file(tensors, path, metadata={"format": "pt"})
-            sync(path)
+            with self.guard:
+                save_file(tensors, path, metadata={"format": "pt"})
+                sync(path)
         self._held.clear()
 
 

@@ -7,6 +7,7 @@ numbers must have the digest noted in adapter/.
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from m2_ds.config import RunConfig
 from m2_ds.convert.run_folder import ADAPTER, MODEL
 from m2_ds.convert.source import resolve
-from m2_ds.engine.optimizer_state import OptimizerState
 from m2_ds.engine.setup import opened, placed
+from m2_ds.engine.snapshot import States
 from m2_ds.engine.start import read
 from m2_ds.files import write_json
 from m2_ds.model import lora
@@ -89,8 +90,10 @@ def _remedy(checkpoint: Path) -> str:
     )
 
 
-def write(folder: Path, model: M2Encoder, state: OptimizerState, mesh: Mesh) -> None:
-    """Write a checkpoint's adapter/. Every rank calls it; the first one gathers and writes."""
+def write(
+    folder: Path, model: M2Encoder, state: States, mesh: Mesh, guard: AbstractContextManager[object] | None = None
+) -> None:
+    """Write a checkpoint's adapter/. Every rank calls it; the first one gathers and writes, inside ``guard``."""
     factors: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -100,7 +103,9 @@ def write(folder: Path, model: M2Encoder, state: OptimizerState, mesh: Mesh) -> 
         for piece in pieces(name, parameter, state.full(parameter, None)):
             if mesh.is_first:
                 found[piece.name] = piece.tensor.cpu().contiguous().clone()
-    if mesh.is_first:
+    if not mesh.is_first:
+        return
+    with nullcontext() if guard is None else guard:
         folder.mkdir()
         write_json(folder / lora.CONFIG, lora.settings_of(model))
         named = {lora.PREFIX + name: tensor for name, tensor in factors.items()}

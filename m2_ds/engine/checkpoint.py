@@ -3,8 +3,11 @@
 The data position and every random decision are functions of the seed and the number of pairs that the run has seen.
 """
 
+import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,11 +29,59 @@ from m2_ds.convert.run_folder import (
 from m2_ds.data.text import Tokenizer
 from m2_ds.engine.optimizer_state import OptimizerState
 from m2_ds.engine.resume import layout
+from m2_ds.engine.snapshot import States
 from m2_ds.files import publish, sha256, sync, write_atomically, write_json
 from m2_ds.model.encoder import M2Encoder
 from m2_ds.model.weights import adapter_of, has_adapters, is_adapter, merged, pieces
 from m2_ds.parallel.collectives import all_gather_objects, all_reduce_sum, barrier, broadcast_object
 from m2_ds.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+
+class Unwritten(Exception):
+    """Raised on every rank where one of them could not write; the checkpoints from before are as they were."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is made of. ``about``: its state.json, on the first rank."""
+
+    model: M2Encoder
+    state: States
+    step: int
+    config: RunConfig
+    tokenizer: Tokenizer
+    about: dict[str, Any] | None
+
+    @staticmethod
+    def now(
+        engine: Any,
+        model: M2Encoder,
+        step: int,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        stream: dict[str, Any] | None,
+        state: States | None = None,
+    ) -> "Content":
+        """As the engine stands, around this rank's part ``model``. ``stream``: `PairDataset.state`, on the first rank.
+
+        ``state``: where the numbers are read, by default the optimizer itself.
+        """
+        about = None
+        if mesh.is_first:
+            assert stream is not None
+            about = {
+                "step": step,
+                "samples": stream["samples"],
+                "updates": engine.global_steps - engine.skipped_steps,
+                "layout": layout(mesh, int(engine.zero_optimization_stage())),
+                "data": [source["manifest"] for source in stream["sources"]],
+                "stream": stream,
+            }
+        state = OptimizerState(engine, mesh.data_parallel) if state is None else state
+        return Content(model, state, step, config, tokenizer, about)
 
 
 def save(
@@ -46,25 +97,25 @@ def save(
 
     ``model``: this rank's part of it, inside the engine. ``stream``: where the data stands (`PairDataset.state`), on
     the first rank. Nothing of that name is visible before it is complete. Raises FloatingPointError for weights that
-    are not finite and ValueError where the files cannot be written; the checkpoints from before stay as they are.
+    are not finite and `Unwritten`, on every rank, where the files cannot be written.
     """
-    folder = config.folder / CHECKPOINTS
-    _refuse_non_finite(model, step, mesh)
-    try:
-        final = _write(engine, model, folder, step, config, tokenizer, mesh, stream)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint_name(step)} could not be written to {folder}: {error}. Older checkpoints are as "
-            "they were. Look at free space, quota and permissions there, then start the same command again: it goes on "
-            "from the newest checkpoint"
-        ) from error
+    refuse_non_finite(model, step, mesh)
+    return write(Content.now(engine, model, step, config, tokenizer, mesh, stream), mesh)
+
+
+def write(content: Content, mesh: Mesh) -> Path:
+    """`save` without looking at the weights. Of collectives it uses those of the ``mesh`` that is given."""
+    final = _write(content, mesh)
     if mesh.is_first:
-        _prune(folder, step, config.checkpoint)
+        try:
+            _prune(final.parent, content.step, content.config.checkpoint)
+        except OSError as error:
+            log.warning("old checkpoints could not be removed: %s", error)
     barrier(mesh.world)
     return final
 
 
-def _refuse_non_finite(model: nn.Module, step: int, mesh: Mesh) -> None:
+def refuse_non_finite(model: nn.Module, step: int, mesh: Mesh) -> None:
     """A pass over this rank's weights, which costs little beside writing them."""
     own = [_own_part(parameter, mesh.data_parallel.rank) for parameter in model.parameters()]
     bad = torch.stack([(~torch.isfinite(weight)).any().to(mesh.device) for weight in own]).any().float()
@@ -83,63 +134,78 @@ def _own_part(parameter: Any, rank: int) -> Tensor:
     return part[: max(0, parameter.ds_numel - rank * part.numel())]
 
 
-def _write(
-    engine: Any,
-    model: M2Encoder,
-    folder: Path,
-    step: int,
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    stream: dict[str, Any] | None,
-) -> Path:
-    final = folder / checkpoint_name(step)
+class _Attempt:
+    """A context that keeps this rank's first error of writing, so that collectives go on until all ranks know it."""
+
+    def __init__(self, mesh: Mesh, folder: Path) -> None:
+        self.mesh, self.folder = mesh, folder
+        self.error: str | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if not isinstance(error, OSError | SafetensorError):
+            return False
+        self.error = self.error or str(error)
+        return True
+
+    def agree(self) -> None:
+        """Raises `Unwritten` on all ranks where one of them has met with an error."""
+        failed = [error for error in all_gather_objects(self.error, self.mesh.world) if error]
+        if failed:
+            if self.mesh.is_first:
+                shutil.rmtree(self.folder, ignore_errors=True)  # the next one needs the room
+            raise Unwritten(failed[0])
+
+
+def _write(content: Content, mesh: Mesh) -> Path:
+    folder = content.config.folder / CHECKPOINTS
+    final = folder / checkpoint_name(content.step)
     aside = folder / f".{final.name}.part"
-    state = OptimizerState(engine, mesh.data_parallel)
-    parts = state.folders(aside)
+    parts = content.state.folders(aside)
+    attempt = _Attempt(mesh, aside)
     if mesh.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        for part in parts.values():
-            part.mkdir(parents=True)
-    barrier(mesh.world)
-    writer = WeightWriter(mesh)
+        with attempt:
+            shutil.rmtree(aside, ignore_errors=True)
+            for part in parts.values():
+                part.mkdir(parents=True)
+    attempt.agree()
+    writer = WeightWriter(mesh, guard=attempt)
     for name, part in parts.items():
-        _write_part(writer, part, model, state, name)
+        _write_part(writer, part, content.model, content.state, name)
     writer.finish()
-    if has_adapters(model):
+    if has_adapters(content.model):
         from m2_ds.engine import adapters  # peft is imported where it is asked for
 
-        adapters.write(aside / ADAPTER, model, state, mesh)
+        adapters.write(aside / ADAPTER, content.model, content.state, mesh, attempt)
     if mesh.is_first:
-        assert stream is not None
-        write_config(aside / MODEL, config.model)
-        tokenizer.save(aside / MODEL)
-        write_atomically(aside / SETTINGS, config.to_yaml().encode())
-        about = {
-            "step": step,
-            "samples": stream["samples"],
-            "updates": engine.global_steps - engine.skipped_steps,
-            "layout": layout(mesh, state.stage),
-            "data": [source["manifest"] for source in stream["sources"]],
-            "stream": stream,
-        }
-        write_json(aside / STATE, about)
-    barrier(mesh.world)
+        with attempt:
+            write_config(aside / MODEL, content.config.model)
+            content.tokenizer.save(aside / MODEL)
+            write_atomically(aside / SETTINGS, content.config.to_yaml().encode())
+            write_json(aside / STATE, content.about)
+    attempt.agree()
     names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file()) if mesh.is_first else []
     names = broadcast_object(names, mesh.world)
-    own = {name: _seal(aside / name) for name in names[mesh.rank :: mesh.world_size]}
+    own: dict[str, str] = {}
+    with attempt:
+        own = {name: _seal(aside / name) for name in names[mesh.rank :: mesh.world_size]}
+    attempt.agree()
     digests = all_gather_objects(own, mesh.world)
     if mesh.is_first:
-        write_json(aside / CHECKSUMS, dict(sorted(item for some in digests for item in some.items())))
-        for path in aside.rglob("*"):
-            if path.is_dir():
-                sync(path)
-        _remove(final)  # a damaged one of the same step, passed over when the run was resumed
-        publish(aside, final)
+        with attempt:
+            write_json(aside / CHECKSUMS, dict(sorted(item for some in digests for item in some.items())))
+            for path in aside.rglob("*"):
+                if path.is_dir():
+                    sync(path)
+            _remove(final)  # a damaged one of the same step, passed over when the run was resumed
+            publish(aside, final)
+    attempt.agree()
     return final
 
 
-def _write_part(writer: WeightWriter, folder: Path, model: M2Encoder, state: OptimizerState, name: str | None) -> None:
+def _write_part(writer: WeightWriter, folder: Path, model: M2Encoder, state: States, name: str | None) -> None:
     """All weights, or one kind of state of those that have it; what is partitioned is gathered one after another.
 
     Adapters are merged into the weights, and have states of their own.

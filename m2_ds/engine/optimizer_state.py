@@ -14,6 +14,8 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -71,6 +73,37 @@ class OptimizerState:
         if name is None:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, name)
+
+    def share(self, parameter: nn.Parameter, name: str | None) -> tuple[int, Tensor]:
+        """What this data-parallel rank answers for of the flattened parameter: (its first place, the numbers there).
+
+        The shares of all ranks make the whole. What every rank has whole is shared out evenly. Views where numbers lie
+        in fp32 on this rank: they change as training goes on.
+        """
+        numel = getattr(parameter, "ds_numel", parameter.numel())
+        if parameter.requires_grad and self.stage in (1, 2):
+            if (fragment := parameter._hp_mapping) is None:  # type: ignore[attr-defined]
+                return 0, torch.empty(0)
+            return fragment.lp_fragment_address.start, fragment.get_hp_fragment(name).detach().flatten()
+        if not parameter.requires_grad and (own := getattr(parameter, _EXACT, None)) is not None:
+            part = own
+        elif self.stage == 3:
+            if not parameter.requires_grad:
+                part = parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]
+            else:
+                part = (
+                    safe_get_local_fp32_param(parameter)
+                    if name is None
+                    else safe_get_local_optimizer_state(parameter, name)
+                )
+        else:
+            held = self._held(parameter)
+            whole = (held if name is None else self.torch.state[held][name]).detach().flatten()
+            size = -(-numel // self.group.size)
+            part = whole[self.rank * size : (self.rank + 1) * size]
+            return min(self.rank * size, numel), part.float()
+        start = min(self.rank * part.numel(), numel)
+        return start, part[: numel - start].float()  # without the filling at the end
 
     def begin(self, updates: int) -> None:
         """The state of an optimizer that has made ``updates`` updates, all zeros; what was there is gone.

@@ -8,11 +8,11 @@ from typing import Any
 
 from m2_ds.config import RunConfig
 from m2_ds.data.text import Tokenizer
-from m2_ds.engine import checkpoint
 from m2_ds.engine.batches import StepBatches
 from m2_ds.engine.interrupt import Interrupted, Interruption
 from m2_ds.engine.monitor import Monitor
 from m2_ds.engine.profiling import Profiler
+from m2_ds.engine.saving import Saving
 from m2_ds.engine.step import ContrastiveStep
 from m2_ds.files import write_json
 from m2_ds.model.encoder import M2Encoder
@@ -56,7 +56,8 @@ class Trainer:
             Profiler(config, mesh, self.step.clock) as profiler,
         ):
             stream = batches.stream
-            with Monitor(config, mesh, self.step, self.languages, start, samples, stream) as monitor:
+            saving = Saving(self.engine, self.model, config, self.tokenizer, mesh, has_one=start > 0)
+            with saving, Monitor(config, mesh, self.step, self.languages, start, samples, stream) as monitor:
                 if start and config.evaluation_due(start) and not self._evaluated(start):
                     self._evaluate(start, monitor)  # the job ended between this checkpoint and its evaluation
                 self.engine.train()
@@ -74,12 +75,14 @@ class Trainer:
                     samples += config.global_batch
                     paused = time.perf_counter()
                     with mesh.traffic.left_out():
-                        self._between(step + 1, monitor, None if stream is None else stream.state(samples), stop)
+                        self._between(
+                            step + 1, monitor, saving, None if stream is None else stream.state(samples), stop
+                        )
                         profiler.between(step + 1)
                     monitor.pause(time.perf_counter() - paused)
                 monitor.finish()
 
-    def _between(self, done: int, monitor: Monitor, stream: dict[str, Any] | None, stop: bool) -> None:
+    def _between(self, done: int, monitor: Monitor, saving: Saving, stream: dict[str, Any] | None, stop: bool) -> None:
         """Checkpoint and evaluation, where step number ``done`` (from 1) calls for them.
 
         ``stream``: where it stands, on ranks that read it. ``stop``: the job was told to end; Interrupted is raised
@@ -87,11 +90,13 @@ class Trainer:
         """
         if stop or self.config.checkpoint_due(done):
             with self.activity.during("checkpoint", patient=True):
-                path = checkpoint.save(self.engine, self.model, done, self.config, self.tokenizer, self.mesh, stream)
-            log.info("checkpoint %s", path)
+                saving.save(done, stream, last=stop or done == self.config.steps)
+        elif done % self.config.log.every == 0:
+            saving.look()
         if stop:
             raise Interrupted(done)
         if self.config.evaluation_due(done):
+            saving.wait()
             self._evaluate(done, monitor)
 
     def _evaluate(self, done: int, monitor: Monitor) -> None:

@@ -149,6 +149,18 @@ class Mesh:
         contrast, ranks, count = _contrast_group(self, config)
         return replace(self, contrast=contrast, contrast_ranks=ranks, contrast_groups=count)
 
+    def beside(self) -> "Mesh":
+        """The same ranks and axes on the host, with groups of their own; every rank calls it.
+
+        For a thread beside training: its collectives meet none of the training's. It has no contrast group.
+        """
+        traffic = Traffic()
+        groups = [_over_gloo(self, axis, traffic) for axis in (None, self.data_parallel, self.tensor, self.pipeline)]
+        return replace(
+            self, device=torch.device("cpu"), backend="gloo", world=groups[0], data_parallel=groups[1],
+            tensor=groups[2], pipeline=groups[3], contrast=SOLO, traffic=traffic,
+        )  # fmt: skip
+
     def stop(self) -> None:
         """Leave the job; every rank calls it at the end."""
         if dist.is_initialized():
@@ -235,6 +247,23 @@ def _assert_order(layout: Layout) -> None:
         coordinates = topology.get_coord(rank)
         theirs = (coordinates.model, coordinates.data, coordinates.pipe)
         assert theirs == layout.place(rank), f"rank {rank} is at {theirs} for DeepSpeed, at {layout.place(rank)} here"
+
+
+def _over_gloo(mesh: Mesh, axis: Group | None, traffic: Traffic) -> Group:
+    """A second group of the ranks of an ``axis`` (None: of all). Every rank makes those of all lines, in one order."""
+    own = list(range(mesh.world_size))
+    if axis is not None:
+        own = dist.get_process_group_ranks(axis.process_group) if axis.process_group is not None else [mesh.rank]
+    lines: list[list[int] | None] = [None] * mesh.world_size
+    if mesh.world_size > 1:
+        dist.all_gather_object(lines, own, group=mesh.world.process_group)
+    mine = Group(own.index(mesh.rank), len(own), None, traffic=traffic)
+    for line in sorted({tuple(line) for line in lines if line is not None and len(line) > 1}):
+        name = f"ranks {', '.join(map(str, line))}, beside training"
+        made = dist.new_group(list(line), timeout=mesh.timeout, backend="gloo", group_desc=name)
+        if mesh.rank in line:
+            mine = Group(line.index(mesh.rank), len(line), made, name, traffic)
+    return mine
 
 
 def _contrast_group(mesh: Mesh, config: ContrastGroupConfig) -> tuple[Group, int, int]:

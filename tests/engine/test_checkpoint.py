@@ -266,7 +266,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoint(
     part: str,
     limit: int,
 ) -> None:
-    config = config_of(changed(tree, {"folder": str(tmp_path / "run")}))
+    config = config_of(changed(tree, {"folder": str(tmp_path / "run"), "checkpoint.failures_allowed": 0}))
     original = getattr(checkpoint, part)
 
     def full(*arguments: Any, **options: Any) -> Any:
