@@ -31,9 +31,9 @@ def main() -> None:
         began = began or time.perf_counter()
         return result
 
-    def timed_save(self: Saving, number: int, stream: Any, last: bool) -> None:
+    def timed_save(self: Saving, number: int, stream: Any, anomalies: Any, last: bool) -> None:
         started = time.perf_counter()
-        save(self, number, stream, False)  # the wait at the end is no part of the stall
+        save(self, number, stream, anomalies, False)  # the wait at the end is no part of the stall
         stalls.append(time.perf_counter() - started)
 
     def timed_leave(self: Saving, *given: Any) -> None:

@@ -106,6 +106,33 @@ class ProfileConfig(Settings):
         return self.ranks == "all" or rank in self.ranks
 
 
+class AnomaliesConfig(Settings):
+    """What a step does whose numbers are not finite, or whose gradient is far larger than those before it."""
+
+    policy: Literal["stop", "skip", "roll_back"] = Field(
+        "stop",
+        description="stop: the run ends; skip: the step's update is not applied; roll_back: the run goes back to its "
+        "newest checkpoint and passes over the global batch, then and whenever it goes on again",
+    )
+    spike_threshold: float = Field(
+        0.0,
+        ge=0,
+        description="a gradient norm this many deviations over the median of the steps before is an anomaly, too; a "
+        "deviation is 1.4826 median absolute ones, at least 5% of the median. 0: off; 20 is a start",
+    )
+    spike_window: int = Field(
+        100, ge=10, description="steps that the median is taken over; the first ones only fill it"
+    )
+    most_in_a_row: int = Field(
+        5, ge=1, description="skip: steps in a row; roll_back: returns to one checkpoint; one more ends the run"
+    )
+
+    @property
+    def watched(self) -> bool:
+        """Whether every step is looked at before its update."""
+        return self.policy != "stop" or self.spike_threshold > 0
+
+
 class LogConfig(Settings):
     """Where numbers go. JSONL and TensorBoard are always written."""
 
@@ -189,6 +216,7 @@ class RunConfig(Settings):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    anomalies: AnomaliesConfig = AnomaliesConfig()
     log: LogConfig = LogConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -1,9 +1,11 @@
 """Files that are whole or absent: written aside, synced to disk, renamed into place."""
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync(path: Path) -> None:
@@ -32,6 +34,35 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """JSON for people to read, written atomically."""
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+class Lines:
+    """A file that lines are appended to. After an error the next one opens it anew, and begins on a line of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+        self._torn = False
+
+    def append(self, line: str) -> None:
+        """Raises OSError where it cannot be written; a part of it may be there then."""
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            left = (b"\n" if self._torn else b"") + line.encode() + b"\n"
+            while left:
+                left = left[self._file.write(left) :]
+                self._torn = True
+            self._torn = False
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def sha256(path: Path) -> str:

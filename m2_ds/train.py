@@ -114,7 +114,7 @@ def run(config: RunConfig, mesh: "Mesh") -> None:
         def evaluate() -> dict[str, float]:
             return run_evaluations(encoder, processor, config.evaluation, group=mesh.data_parallel)
 
-        Trainer(engine, model, config, mesh, tokenizer, evaluate).run(start, samples)
+        Trainer(engine, model, config, mesh, tokenizer, evaluate).run(start, samples, found)
 
 
 def _tell(message: str) -> None:

@@ -8,7 +8,7 @@ that it has seen. A pair that can't be used is replaced by a substitute; the oth
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch.utils.data import DataLoader
@@ -38,18 +38,28 @@ def _start_worker(_: int) -> None:
 class _Slots:
     """The slots of one micro-batch after another, without end."""
 
-    def __init__(self, global_batch: int, micro_batch: int, accumulation: int, first: int) -> None:
-        """``first``: this rank's first slot."""
+    def __init__(
+        self, global_batch: int, micro_batch: int, accumulation: int, first: int, rank: int, left_out: Collection[int]
+    ) -> None:
+        """``first``: the job's first slot; ``left_out``: first slots of global batches that are passed over."""
         self.global_batch, self.micro_batch, self.accumulation = global_batch, micro_batch, accumulation
-        self.first = first
+        self.first, self.own, self.left_out = first, rank * micro_batch * accumulation, left_out
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.first
         while True:
+            first = next_batch(first, self.global_batch, self.left_out)
             for micro in range(self.accumulation):
-                start = first + micro * self.micro_batch
+                start = first + self.own + micro * self.micro_batch
                 yield list(range(start, start + self.micro_batch))
             first += self.global_batch
+
+
+def next_batch(samples: int, global_batch: int, left_out: Collection[int]) -> int:
+    """The first slot of the global batch that a run takes behind ``samples`` pairs: the next that is not left out."""
+    while any(samples <= slot < samples + global_batch for slot in left_out):
+        samples += global_batch
+    return samples
 
 
 class Loader:
@@ -123,12 +133,14 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     accumulation: int = 1,
+    left_out: Collection[int] = (),
 ) -> Loader:
     """The stream as one rank sees it: `accumulation` micro-batches a step, without end.
 
     Args:
         global_batch: pairs a step over all ranks; equals micro_batch * accumulation * world_size.
         start_sample: pairs that the run has seen already; the first step takes those that come next.
+        left_out: first slots of global batches that are passed over.
 
     Raises:
         ValueError: sizes that do not fit together; a source that is missing, empty, or without the languages.
@@ -141,7 +153,7 @@ def build_loader(
     if not 0 <= rank < world_size or start_sample < 0:
         raise ValueError(f"rank {rank} of {world_size}, start_sample {start_sample}: out of range")
     dataset = PairDataset(config, tokenizer, seed)
-    slots = _Slots(global_batch, micro_batch, accumulation, start_sample + rank * micro_batch * accumulation)
+    slots = _Slots(global_batch, micro_batch, accumulation, start_sample, rank, left_out)
     return Loader(
         dataset,
         slots,

@@ -6,7 +6,7 @@ stops all of them.
 Legend: b pairs of a micro-batch, C captions a picture, L tokens of the longest caption.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,7 +73,15 @@ class StepBatches:
     raise ValueError for a source that cannot be read.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, start_sample: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        start_sample: int,
+        left_out: Collection[int] = (),
+    ) -> None:
+        """``left_out``: first slots of global batches that are passed over."""
         self.mesh = mesh
         self.micro_batch, self.accumulation = config.batch_shape(mesh.data_parallel.size)
         self.sort = config.data.sort_by_length
@@ -93,6 +101,7 @@ class StepBatches:
                     accumulation=self.accumulation,
                     seed=config.seed,
                     start_sample=start_sample,
+                    left_out=left_out,
                     rank=mesh.data_parallel.rank,
                     world_size=mesh.data_parallel.size,
                 )

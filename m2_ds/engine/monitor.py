@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from m2_ds.config import RunConfig
 from m2_ds.data.batch import PairBatch
 from m2_ds.data.pairs import PairDataset
+from m2_ds.engine.anomalies import NOT_FINITE, Records, Watch, finite, not_finite
 from m2_ds.engine.flops import StepFlops, peak_tflops
 from m2_ds.engine.masked import OBJECTIVES, summarise
 from m2_ds.engine.optim import lr_scale
@@ -46,6 +47,8 @@ class Monitor:
         start_step: int,
         start_samples: int,
         stream: PairDataset | None,
+        records: Records,
+        watch: Watch,
     ) -> None:
         """``start_samples``: pairs that the run has seen before this job; ``stream``: on the first rank."""
         self.config, self.mesh, self.levels, self.languages = config, mesh, step.level_names, languages
@@ -53,7 +56,8 @@ class Monitor:
         self.flops = StepFlops(config.model)
         self.peak = config.log.peak_tflops or peak_tflops(mesh.device)
         self.sinks = _Sinks(config, start_step) if mesh.is_first else None
-        self.start_step, self.start_samples, self.stream = start_step, start_samples, stream
+        self.records, self.watch = records, watch
+        self.samples, self.stream = start_samples, stream
         before = self.sinks.before if self.sinks else {}
         self.skipped_in_all: Counter[str] = Counter(before.get("skipped", {}))
         self.other_language_in_all: int = before.get("other_language", 0)
@@ -70,6 +74,8 @@ class Monitor:
 
     def _reset(self, now: float) -> None:
         self.results: list[StepResult] = []
+        self.steps = 0
+        self.records.forget()
         self.skipped: Counter[str] = Counter()
         self.other_language = 0
         self.operations = 0.0
@@ -79,15 +85,27 @@ class Monitor:
         self.mesh.traffic.take()
 
     def add(
-        self, step: int, batches: Sequence[PairBatch], result: StepResult, waited: float, stop: bool = False
+        self,
+        step: int,
+        batches: Sequence[PairBatch],
+        result: StepResult,
+        waited: float,
+        samples: int,
+        stop: bool = False,
+        skipped: bool = False,
     ) -> None:
         """Take in the result of step number ``step`` (from 0); write a log line where one is due.
+
+        ``samples``: pairs that the run has seen behind it. The loss of a ``skipped`` update is in no mean.
 
         One is due at every checkpoint, too (that of a job told to ``stop`` included): a run that goes on from there
         has lines over the same steps as one that was never interrupted, and a checkpoint is only written after finite
         numbers.
         """
-        self.results.append(result)
+        self.samples, self.last = samples, result
+        self.steps += 1
+        if not skipped:
+            self.results.append(result)
         for batch in batches:
             captions, pairs, length = batch.ids.shape
             self.skipped.update(batch.skipped)
@@ -105,8 +123,9 @@ class Monitor:
 
     def _write(self, done: int) -> float:
         """Write the numbers of the steps since the last time; returns the clock at their end."""
-        n, group = len(self.results), self.mesh.data_parallel
-        sums = torch.stack([torch.cat([r.loss, r.count[None]]) for r in self.results]).sum(0)
+        n, group, kept = self.steps, self.mesh.data_parallel, len(self.results)
+        none = torch.zeros(len(self.last.loss) + 1, len(self.last.count), device=self.last.count.device)
+        sums = torch.stack([none, *(torch.cat([r.loss, r.count[None]]) for r in self.results)]).sum(0)
         sent, held_up = self.mesh.traffic.take()
         sums = all_reduce_sum(sums, group, "log").cpu()  # waits for the device: the time below is the steps' own
         of_masked, masked = summarise([r.masked for r in self.results if r.masked], self.languages, group)
@@ -114,7 +133,7 @@ class Monitor:
         phases = self.clock.take()
         seconds = now - self.started
         loss, count = sums[:-1], sums[-1]
-        last = self.results[-1]
+        last = self.last
         # Model-parallel ranks read the same pairs, and share the arithmetic of them.
         mesh = self.mesh
         alone = mesh.tensor.is_first and mesh.pipeline.is_first
@@ -123,17 +142,17 @@ class Monitor:
         everyone = all_gather_objects(own, mesh.world)
         tflops = self.operations / (mesh.tensor.size * mesh.pipeline.size) / seconds / 1e12
         norms = [float(r.grad_norm) for r in self.results if r.grad_norm is not None]
-        by_level = loss.sum(1) / count.sum()
+        by_level = loss.sum(1) / count.sum()  # NaN, and null in the log, where no update was kept
         weights = [w for w in (self.config.loss.unimodal_weight, self.config.loss.vl_weight) if w > 0]
         numbers: dict[str, Any] = {
             "step": done,
-            "samples": self._samples(done),
+            "samples": self.samples,
             "time": round(time.time(), 3),
             "loss": sum(w * float(x) for w, x in zip(weights, by_level)),
             **{f"loss/{name}": float(x) for name, x in zip(self.levels, by_level)},
             **{f"loss/{lang}": float(x) for lang, x in zip(self.languages, loss.mean(0) / count)},
             "lr": self.config.optim.lr * lr_scale(done - 1, self.config.steps, self.config.optim.schedule),
-            "grad_norm": sum(norms) / n if norms else None,
+            "grad_norm": sum(norms) / len(norms) if norms else None,
             **{f"logit_scale/{name}": float(x) for name, x in zip(self.levels, last.scales)},
             "samples_per_s": n * self.config.global_batch / seconds,
             "step_s": seconds / n,
@@ -145,7 +164,7 @@ class Monitor:
             "contrastive_batch": int(last.contrastive_batch),
             "repeated_share": sum(float(r.repeated) for r in self.results)
             * group.size
-            / (n * self.config.global_batch),
+            / (max(kept, 1) * self.config.global_batch),
             **{f"seconds/{phase}": phases.get(phase, 0.0) / n for phase in PHASES},
             **{f"sent_mb/{kind}": x / n / 1e6 for kind, x in sorted(sent.items()) if x and kind != "log"},
             "communication_share": sum(held_up.values()) / seconds,
@@ -159,30 +178,30 @@ class Monitor:
         numbers |= masked
         numbers["skipped"] = dict(self.skipped_in_all)
         numbers["other_language"] = self.other_language_in_all
+        if self.config.anomalies.watched:
+            numbers["updates_skipped"] = self.watch.skipped
         if self.stream is not None:
-            numbers |= {f"epochs/{name}": x for name, x in self.stream.epochs(self._samples(done)).items()}
+            numbers |= {f"epochs/{name}": x for name, x in self.stream.epochs(self.samples).items()}
         if self.sinks:
             self.sinks.write(numbers)
-        # DeepSpeed's own mark of a norm that is not finite is inf or -1, by stage; some stages then leave the step out.
-        bad = [done - len(norms) + i + 1 for i, norm in enumerate(norms) if not 0 <= norm < math.inf]
-        if bad or not math.isfinite(numbers["loss"]):
-            where = f"the gradient of step {bad[0]} is" if bad else f"the loss is {numbers['loss']} at step {done}:"
+        # Steps that the watch let pass are looked at again: a loss may be off whose gradient is not.
+        bad = [done - len(norms) + i + 1 for i, norm in enumerate(norms) if not finite(norm)] if kept == n else []
+        if bad:
+            self.records.write(bad[0], NOT_FINITE)
+            raise not_finite(bad[0], NOT_FINITE, "")
+        if kept and not math.isfinite(numbers["loss"]):
             raise FloatingPointError(
-                f"{where} not finite. Lower optim.lr, lengthen optim.schedule.warmup_steps or set optim.grad_clip "
-                "and start the job again: it goes on from the newest checkpoint"
+                f"the loss is {numbers['loss']} at step {done}: not finite. Lower optim.lr, lengthen "
+                "optim.schedule.warmup_steps or set optim.grad_clip and start the job again: it goes on from the "
+                "newest checkpoint"
             )
         return now
-
-    def _samples(self, done: int) -> int:
-        """Pairs that the run has seen after step number ``done`` (from 1)."""
-        return self.start_samples + (done - self.start_step) * self.config.global_batch
 
     def finish(self) -> None:
         """Say what the run has seen in all."""
         if self.sinks and self.stream is not None:
-            samples = self._samples(self.config.steps)
-            epochs = {f"epochs/{name}": x for name, x in self.stream.epochs(samples).items()}
-            self.sinks.say(f"done: {self.config.steps} steps, {samples} pairs, {_epochs(epochs)}")
+            epochs = {f"epochs/{name}": x for name, x in self.stream.epochs(self.samples).items()}
+            self.sinks.say(f"done: {self.config.steps} steps, {self.samples} pairs, {_epochs(epochs)}")
 
     def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         if self.sinks:
@@ -281,6 +300,8 @@ def _line(numbers: dict[str, Any]) -> str:
         parts.append(_epochs(epochs))
     if numbers["other_language"]:
         parts.append(f"other language {numbers['other_language']}")
+    if numbers.get("updates_skipped"):
+        parts.append(f"updates skipped {numbers['updates_skipped']}")
     if numbers["skipped"]:
         parts.append("skipped " + ", ".join(f"{v} {k}" for k, v in numbers["skipped"].items()))
     return "  ".join(parts)

@@ -4,7 +4,7 @@ Legend: k micro-batches, b pairs of one, C captions a picture, n = C b captions,
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,6 +89,7 @@ class EnginePasses:
         # Without ZeRO or bf16 the engine keeps no gradient norm.
         self.plain = engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
         self.sums: dict[int, MaskedSums] = {}
+        self.tell_norm: Callable[[float], None] | None = None  # before the update, where the engine keeps no norm
         self._graphs: list[Forward | None] = []
 
     def forward(self, inputs: Sequence[Inputs]) -> Iterator[Forward]:
@@ -119,6 +120,8 @@ class EnginePasses:
                     self.engine.step()
         with self.clock("update"):
             norm = self._plain_norm() if self.plain else None
+            if norm is not None and self.tell_norm is not None:
+                self.tell_norm(float(norm))
             self.engine.step()
         return self.engine.get_global_grad_norm() if norm is None else norm
 

@@ -43,7 +43,7 @@ _FIXED = re.compile(
 # What has no effect on the numbers but for rounding.
 _FREE = re.compile(
     r"folder|init_from|init_pictures|tokenizer|micro_batch|model\.(recompute|position_std)"
-    r"|(engine|checkpoint|log|evaluation)(\..*)?|parallel\.(?!contrast_group).*"
+    r"|(engine|checkpoint|anomalies|log|evaluation)(\..*)?|parallel\.(?!contrast_group).*"
     r"|data\.(workers|prefetch|row_group_cache_mb|picture_cache_mb|cache_folder|cache_gb|read_ahead|sort_by_length)"
     r"|data\.sources\.\d+\.path"
 )
@@ -58,6 +58,11 @@ def layout(mesh: Mesh, zero_stage: int) -> dict[str, int]:
         "zero_stage": zero_stage,
         "contrast_groups": mesh.contrast_groups,
     }
+
+
+def step(checkpoint: Path) -> int:
+    """Steps that were done by a checkpoint."""
+    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["step"])
 
 
 def samples(checkpoint: Path) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Self
 from m2_ds.config import RunConfig
 from m2_ds.convert.run_folder import CHECKPOINTS, checkpoint_name
 from m2_ds.data.text import Tokenizer
+from m2_ds.engine.anomalies import RollBack
 from m2_ds.engine.checkpoint import Content, Unwritten, refuse_non_finite, write
 from m2_ds.engine.optimizer_state import OptimizerState
 from m2_ds.engine.snapshot import Snapshot
@@ -69,7 +70,7 @@ class Saving:
     ) -> None:
         # Numbers that are not finite stop all ranks alike: what was whole before them is still written. Of other errors
         # a rank may be alone with, and then it has to tell its reason at once.
-        if kind is None or issubclass(kind, FloatingPointError):
+        if kind is None or issubclass(kind, FloatingPointError | RollBack):
             try:
                 self.wait()
             except (ValueError, RuntimeError) as late:
@@ -77,8 +78,10 @@ class Saving:
                     raise
                 log.warning("%s", late)
 
-    def save(self, step: int, stream: dict[str, Any] | None, last: bool) -> None:
-        """Write one behind ``step``, or begin to; ``last``: no other is due, so it is waited for.
+    def save(self, step: int, stream: dict[str, Any] | None, anomalies: dict[str, Any] | None, last: bool) -> None:
+        """Write one behind ``step``, or begin to, with what state.json tells of the data and of anomalies.
+
+        ``last``: no other is due, so it is waited for.
 
         Raises ValueError where files could not be written and the run must not go on without them.
         """
@@ -95,7 +98,7 @@ class Saving:
         refuse_non_finite(self.model, step, self.mesh)
         if self._beside is None:
             try:
-                path = write(self._content(step, stream, None), self.mesh)
+                path = write(self._content(step, stream, anomalies, None), self.mesh)
             except Unwritten as error:
                 self._failed(name, str(error), last)
             else:
@@ -106,7 +109,7 @@ class Saving:
             self._snapshot = Snapshot(state, self.model, self._beside.data_parallel)
             log.info("checkpoints beside training: %.2f GB of memory on this rank", self._snapshot.bytes() / 1e9)
         self._snapshot.take()
-        self._writing = _Writing(self._content(step, stream, self._snapshot), self._beside)
+        self._writing = _Writing(self._content(step, stream, anomalies, self._snapshot), self._beside)
         self._writing.start()
         log.info(
             "checkpoint %s is written beside training, which it held up %.2f s", name, time.perf_counter() - started
@@ -114,8 +117,13 @@ class Saving:
         if last:
             self._settle(last)
 
-    def _content(self, step: int, stream: dict[str, Any] | None, state: Snapshot | None) -> Content:
-        return Content.now(self.engine, self.model, step, self.config, self.tokenizer, self.mesh, stream, state)
+    def _content(
+        self, step: int, stream: dict[str, Any] | None, anomalies: dict[str, Any] | None, state: Snapshot | None
+    ) -> Content:
+        found = Content.now(self.engine, self.model, step, self.config, self.tokenizer, self.mesh, stream, state)
+        if found.about is not None and anomalies is not None:
+            found.about["anomalies"] = anomalies
+        return found
 
     def look(self) -> None:
         """Learn how the one under way has ended, if it has on all ranks. Every rank calls it at the same steps."""

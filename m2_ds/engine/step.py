@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m2_ds.config import RunConfig
 from m2_ds.data.stream import PairBatch
+from m2_ds.engine.anomalies import by_pair
 from m2_ds.engine.clock import Clock
 from m2_ds.engine.masked import MaskedResult, Masking
 from m2_ds.engine.passes import EnginePasses, Forward, Inputs, Passes
@@ -39,7 +40,8 @@ class StepResult:
 
     ``loss``: [N, G] by level and language, ``count``: [G] captions; ``scales``: [N] exp(logit_scale); ``grad_norm``: of
     the whole batch's gradient before clipping. ``contrastive_batch``: pairs that were compared with each other;
-    ``repeated``: own pairs' group members among them (`LossConfig.repeats`).
+    ``repeated``: own pairs' group members among them (`LossConfig.repeats`). ``by_pair``: [n] the contrastive loss of
+    each own pair, on the last stage of a pipeline.
     """
 
     loss: Tensor
@@ -49,6 +51,7 @@ class StepResult:
     contrastive_batch: int | Tensor
     repeated: int | Tensor
     masked: MaskedResult | None = None
+    by_pair: Tensor | None = None
 
 
 class ContrastiveStep:
@@ -155,10 +158,11 @@ class ContrastiveStep:
         """On every rank of a pipeline what its last stage found."""
         real = (ids != PADDING).float().expand(len(language), -1).flatten()
         count = real.new_zeros(self.languages).index_add_(0, language.flatten(), real)
+        each = None if loss is None else by_pair(loss.by_pair, [weight for _, weight in self.levels])
         if self.mesh.pipeline.size == 1:
             assert loss is not None and scales is not None
             by_language = self._by_language(loss.by_pair, language)
-            return StepResult(by_language, count.to(by_language), scales, norm, loss.pairs, loss.repeated, masked)
+            return StepResult(by_language, count.to(by_language), scales, norm, loss.pairs, loss.repeated, masked, each)
         levels, size = len(self.levels), len(self.levels) * self.languages
         told = count.new_empty(size + levels + 2)
         if loss is not None and scales is not None:
@@ -170,7 +174,7 @@ class ContrastiveStep:
             for sums in (masked.words, masked.patches):
                 broadcast(sums, self.mesh.pipeline, last, "log")
         by_language = told[:size].view(levels, self.languages)
-        return StepResult(by_language, count, told[size:-2], norm, told[-2], told[-1], masked)
+        return StepResult(by_language, count, told[size:-2], norm, told[-2], told[-1], masked, each)
 
     def _by_language(self, by_pair: Tensor, language: Tensor) -> Tensor:
         sums = by_pair.new_zeros(len(by_pair), self.languages)

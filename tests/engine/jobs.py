@@ -107,7 +107,7 @@ def write_again(mesh: Mesh, trees: Sequence[dict[str, Any]]) -> list[str | None]
     from m2_ds.engine import checkpoint
     from m2_ds.engine.trainer import Trainer
 
-    def save(trainer: Trainer, start: int, samples: int) -> None:
+    def save(trainer: Trainer, start: int, samples: int, found: Path | None) -> None:
         stream = PairDataset(trainer.config.data, trainer.tokenizer, trainer.config.seed).state(samples)
         checkpoint.save(trainer.engine, trainer.model, start, trainer.config, trainer.tokenizer, trainer.mesh, stream)
 
