@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("m2_ds.quickstart:quickstart", "build a data set, train, evaluate and write the page, in minutes"),
     "train": ("m2_ds.commands:train", "train a recipe on this machine through the deepspeed launcher"),
+    "replay": ("m2_ds.engine.replay:replay", "a step of a run once more, without its update: which samples were off"),
     "config": ("m2_ds.commands:config", "check a recipe and print it with every field"),
     "doctor": ("m2_ds.doctor.command:doctor", "machine, disk, recipe, data and network looked at before a run"),
     "launch slurm": ("m2_ds.cluster.command:slurm", "a batch script that trains a recipe on a Slurm cluster"),

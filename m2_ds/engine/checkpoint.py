@@ -118,7 +118,12 @@ def write(content: Content, mesh: Mesh) -> Path:
 def refuse_non_finite(model: nn.Module, step: int, mesh: Mesh) -> None:
     """A pass over this rank's weights, which costs little beside writing them."""
     own = [_own_part(parameter, mesh.data_parallel.rank) for parameter in model.parameters()]
-    bad = torch.stack([(~torch.isfinite(weight)).any().to(mesh.device) for weight in own]).any().float()
+    agree_finite(bool(torch.stack([torch.isfinite(weight).all() for weight in own]).all()), step, mesh)
+
+
+def agree_finite(finite: bool, step: int, mesh: Mesh) -> None:
+    """Raises FloatingPointError on every rank of the ``mesh`` where one of them has weights that are not finite."""
+    bad = torch.tensor(float(not finite), device=mesh.device)
     if all_reduce_sum(bad, mesh.world, "control") > 0:
         raise FloatingPointError(
             f"weights are not finite after step {step}: no checkpoint is written. Lower optim.lr or set "

@@ -18,7 +18,7 @@ from m2_ds.config import RunConfig
 from m2_ds.convert.run_folder import CHECKPOINTS, checkpoint_name
 from m2_ds.data.text import Tokenizer
 from m2_ds.engine.anomalies import RollBack
-from m2_ds.engine.checkpoint import Content, Unwritten, refuse_non_finite, write
+from m2_ds.engine.checkpoint import Content, Unwritten, agree_finite, refuse_non_finite, write
 from m2_ds.engine.optimizer_state import OptimizerState
 from m2_ds.engine.snapshot import Snapshot
 from m2_ds.model.encoder import M2Encoder
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 class _Writing(threading.Thread):
     """One checkpoint under way on this rank."""
 
-    def __init__(self, content: Content, mesh: Mesh) -> None:
+    def __init__(self, content: Content, snapshot: Snapshot, mesh: Mesh) -> None:
         super().__init__(name=f"m2-{checkpoint_name(content.step)}", daemon=True)
-        self.content, self.mesh = content, mesh
+        self.content, self.snapshot, self.mesh = content, snapshot, mesh
         self.seconds = 0.0
         self.unwritten: str | None = None
         self.broken: BaseException | None = None
@@ -41,6 +41,7 @@ class _Writing(threading.Thread):
     def run(self) -> None:
         started = time.perf_counter()
         try:
+            agree_finite(self.snapshot.finite(), self.content.step, self.mesh)
             write(self.content, self.mesh)
         except Unwritten as error:
             self.unwritten = str(error)
@@ -73,7 +74,7 @@ class Saving:
         if kind is None or issubclass(kind, FloatingPointError | RollBack):
             try:
                 self.wait()
-            except (ValueError, RuntimeError) as late:
+            except (ValueError, RuntimeError, FloatingPointError) as late:
                 if kind is None:
                     raise
                 log.warning("%s", late)
@@ -95,8 +96,8 @@ class Saving:
                     time.perf_counter() - started,
                 )
         name = checkpoint_name(step)
-        refuse_non_finite(self.model, step, self.mesh)
         if self._beside is None:
+            refuse_non_finite(self.model, step, self.mesh)
             try:
                 path = write(self._content(step, stream, anomalies, None), self.mesh)
             except Unwritten as error:
@@ -109,7 +110,7 @@ class Saving:
             self._snapshot = Snapshot(state, self.model, self._beside.data_parallel)
             log.info("checkpoints beside training: %.2f GB of memory on this rank", self._snapshot.bytes() / 1e9)
         self._snapshot.take()
-        self._writing = _Writing(self._content(step, stream, anomalies, self._snapshot), self._beside)
+        self._writing = _Writing(self._content(step, stream, anomalies, self._snapshot), self._snapshot, self._beside)
         self._writing.start()
         log.info(
             "checkpoint %s is written beside training, which it held up %.2f s", name, time.perf_counter() - started

@@ -60,6 +60,10 @@ class Snapshot:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
+    def finite(self) -> bool:
+        """Whether the weights that this rank has copied are."""
+        return all(bool(copy.isfinite().all()) for (_, name), copy in self._copies.items() if name is None)
+
     def folders(self, checkpoint: Path) -> dict[str | None, Path]:
         return self.state.folders(checkpoint)
 

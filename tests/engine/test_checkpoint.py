@@ -364,18 +364,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(
     assert "NaN" not in json_text and "Infinity" not in json_text
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_weights_that_are_not_finite_are_not_written(
-    solo: Mesh, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    solo: Mesh, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     original = ContrastiveStep.__call__
 
     def spoil(self: ContrastiveStep, *arguments: Any) -> Any:
         result = original(self, *arguments)
         with torch.no_grad():
-            self.passes.engine.module.itc_vl_text_proj.fc.weight[3, 5] = float("inf")
+            engine = self.passes.engine
+            for held in (engine.module.itc_vl_text_proj.fc.weight, *engine.optimizer.single_partition_of_fp32_groups):
+                held.view(-1)[37] = float("inf")
         return result
 
     monkeypatch.setattr(ContrastiveStep, "__call__", spoil)
     with pytest.raises(FloatingPointError, match="weights are not finite after step 1: no checkpoint"):
-        run(config_of(changed(tree, {"folder": str(tmp_path), "checkpoint.every": 1})), solo)
+        block = {"every": 1, "asynchronous": asynchronous}
+        run(
+            config_of(
+                changed(
+                    tree, {"folder": str(tmp_path), "steps": 1, "optim.schedule.warmup_steps": 0, "checkpoint": block}
+                )
+            ),
+            solo,
+        )
     assert not (tmp_path / "checkpoints").exists()
