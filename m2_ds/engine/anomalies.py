@@ -242,9 +242,17 @@ def left_out(config: RunConfig, checkpoint: Path | None, mesh: Mesh) -> list[int
 
 def leave_out(config: RunConfig, samples: int, mesh: Mesh) -> None:
     """Note in the run folder that the global batch which begins at slot ``samples`` is passed over from now on."""
-    found = left_out(config, None, mesh)
+    found, error = left_out(config, None, mesh), None
     if mesh.is_first:
-        write_json(config.folder / LEFT_OUT, sorted({*found, samples}))
+        try:
+            write_json(config.folder / LEFT_OUT, sorted({*found, samples}))
+        except OSError as problem:
+            error = str(problem)
+    if error := broadcast_object(error, mesh.world):
+        raise ValueError(
+            f"{config.folder / LEFT_OUT} cannot be written: {error}. A run that goes back has to note there which "
+            "batch it passes over. Look at free space and permissions, then start the same command again"
+        )
 
 
 def saved_state(checkpoint: Path | None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from m2_ds.config import RunConfig
 from m2_ds.data.batch import PairBatch
@@ -25,7 +24,8 @@ from m2_ds.engine.masked import OBJECTIVES, summarise
 from m2_ds.engine.optim import lr_scale
 from m2_ds.engine.passes import PHASES
 from m2_ds.engine.step import ContrastiveStep, StepResult
-from m2_ds.files import write_atomically
+from m2_ds.engine.tolerance import Board, Forgiving
+from m2_ds.files import Lines, write_atomically, write_json
 from m2_ds.parallel.collectives import all_gather_objects, all_reduce_sum
 from m2_ds.parallel.mesh import Mesh
 
@@ -203,8 +203,12 @@ class Monitor:
             epochs = {f"epochs/{name}": x for name, x in self.stream.epochs(self.samples).items()}
             self.sinks.say(f"done: {self.config.steps} steps, {self.samples} pairs, {_epochs(epochs)}")
 
-    def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def write_evaluation(self, step: int, metrics: dict[str, float], path: Path) -> None:
+        """To ``path``, and to the curves."""
         if self.sinks:
+            with self.sinks.forgiving("evaluation file"):
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, {"step": step, "metrics": metrics})
             self.sinks.scalars(step, {f"evaluation/{name}": value for name, value in metrics.items()})
 
 
@@ -214,10 +218,13 @@ class _Sinks:
     def __init__(self, config: RunConfig, start_step: int) -> None:
         folder = config.folder
         path = folder / "log.jsonl"
-        self.before = _forget_after(path, start_step)
-        self.file = path.open("a", encoding="utf-8")
+        try:
+            self.before = _forget_after(path, start_step)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error}. Look at free space and permissions there") from None
+        self.file, self.forgiving = Lines(path), Forgiving()
         # Viewers hide points of earlier starts from this step on.
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.board = Board(folder / "tensorboard", start_step + 1)
         self.wandb = _start_wandb(config) if config.log.wandb_project else None
         console = Console()
         self.live = console.is_terminal
@@ -238,30 +245,32 @@ class _Sinks:
     def write(self, numbers: dict[str, Any]) -> None:
         # JSON has no NaN.
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
-        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self.file.flush()
+        with self.forgiving("log line"):
+            self.file.append(json.dumps(entry, ensure_ascii=False))
         self.scalars(numbers["step"], {k: v for k, v in numbers.items() if isinstance(v, int | float)})
         if numbers["skipped"]:
             self.scalars(numbers["step"], {f"skipped/{k}": v for k, v in numbers["skipped"].items()})
         line = _line(numbers)
         self.progress.update(self.task, completed=numbers["step"], description=line)
         if not self.live:
-            print(f"step {numbers['step']}/{self.steps}  {line}", flush=True)
+            with self.forgiving("line of output"):
+                print(f"step {numbers['step']}/{self.steps}  {line}", flush=True)
 
     def say(self, line: str) -> None:
         self.progress.console.print(line, highlight=False, soft_wrap=True) if self.live else print(line, flush=True)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            if name not in ("step", "samples", "time"):
-                self.board.add_scalar(name, value, step)
+        with self.forgiving("point of the curves"):
+            self.board.add(step, {k: v for k, v in values.items() if k not in ("step", "samples", "time")})
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def close(self) -> None:
         self.progress.stop()
         self.file.close()
-        self.board.close()
+        with self.forgiving("end of the curves"):
+            self.board.close()
+        self.forgiving.end()
         if self.wandb:
             self.wandb.finish()
 

@@ -21,7 +21,6 @@ from m2_ds.engine.profiling import Profiler
 from m2_ds.engine.rollback import go_back
 from m2_ds.engine.saving import Saving
 from m2_ds.engine.step import ContrastiveStep
-from m2_ds.files import write_json
 from m2_ds.model.encoder import M2Encoder
 from m2_ds.parallel.collectives import broadcast_object
 from m2_ds.parallel.mesh import Mesh
@@ -163,11 +162,7 @@ class Trainer:
         with self.activity.during("evaluation", patient=True):
             results = self.evaluate()
         self.engine.train()
-        if self.mesh.is_first:
-            path = self._evaluation_file(done)
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, {"step": done, "metrics": results})
-        monitor.write_evaluation(done, results)
+        monitor.write_evaluation(done, results, self._evaluation_file(done))
 
     def _evaluated(self, done: int) -> bool:
         return broadcast_object(self._evaluation_file(done).exists(), self.mesh.world)
