@@ -21,18 +21,20 @@ from tests.engine.jobs import changed, compare_checkpoints, config_of, log_lines
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 3 MB."""
+    """A file system of its own, of 16 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"mount is not permitted here: {made.stderr.strip()}")
+    mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder))
     try:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def mount(*arguments: str) -> None:
+    made = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"mount is not permitted here: {made.stderr.strip()}")
 
 
 def fill(folder: Path) -> None:
