@@ -37,25 +37,31 @@ def write_json(path: Path, content: object) -> None:
 
 
 class Lines:
-    """A file that lines are appended to. After an error the next one opens it anew, and begins on a line of its own."""
+    """A file that lines are appended to. An error cuts it back to whole lines, and the next line opens it anew."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: BinaryIO | None = None
-        self._torn = False
+        self._torn = False  # it ends in a part of a line that could not be cut off
 
     def append(self, line: str) -> None:
-        """Raises OSError where it cannot be written; a part of it may be there then."""
+        """Raises OSError where it cannot be written."""
+        whole: int | None = None
         try:
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            whole = os.path.getsize(self.path)
             left = (b"\n" if self._torn else b"") + line.encode() + b"\n"
             while left:
                 left = left[self._file.write(left) :]
-                self._torn = True
             self._torn = False
         except OSError:
             self.close()
+            if whole is not None:
+                try:
+                    os.truncate(self.path, whole)
+                except OSError:
+                    self._torn = True
             raise
 
     def close(self) -> None:
