@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """How long checkpoints hold up training: written at once, and beside training (checkpoint.asynchronous).
 
-Runs of a model of some 28 million numbers (weights 113 MB, a checkpoint 340 MB) on two ranks, in turns: without
-checkpoints, written at once, beside training. The stall is what lies between two steps at a checkpoint, the loop the
-time from the end of the first step until all is on disk.
+One job of two ranks trains a model of some 28 million numbers (weights 113 MB, a checkpoint 340 MB). In turns: some steps;
+a checkpoint written at once, and as many steps; one written beside training, and as many steps. The stall is what lies
+between two steps, the whole ends when all is on disk and the steps are done.
 
     python benchmarks/checkpoints.py --data DATASET --tokenizer FOLDER
 """
@@ -18,16 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import tables
 import tyro
+from checkpoints_rank import WAYS
 
 HERE = Path(__file__).resolve().parent
-VARIANTS = {
-    "none": ["checkpoint.every=0"],
-    "at once": [],
-    "beside training": ["checkpoint.asynchronous=true"],
-}
 
 
 @dataclass(frozen=True)
@@ -38,14 +33,12 @@ class Options:
     """Folder of a shards dataset."""
     tokenizer: Path
     """Its tokenizer."""
-    steps: int = 12
-    """Optimizer steps of a turn."""
-    every: int = 4
-    """Steps between checkpoints."""
-    batch: int = 32
+    turns: int = 6
+    """Turns; the first, in which buffers are made, is shown apart."""
+    behind: int = 4
+    """Steps behind each checkpoint."""
+    batch: int = 16
     """Pairs a step, over all ranks."""
-    turns: int = 3
-    """Turns of each variant."""
     stage: int = 1
     """ZeRO stage."""
     ranks: int = 2
@@ -54,73 +47,56 @@ class Options:
     """Numbers; the table is written beside it."""
 
 
-def turn(options: Options, variant: str, folder: Path) -> dict[str, Any]:
+def measure(options: Options, folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """What the ranks found, and the bytes of a checkpoint."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(options.ranks)]
     command += ["--master_port", str(29600 + os.getpid() % 300), str(HERE / "checkpoints_rank.py")]
     command += [
-        str(HERE.parent / "ds_configs/recipes/bench_speed.yaml"), f"folder={folder / 'run'}", f"steps={options.steps}",
-        f"global_batch={options.batch}", f"tokenizer={options.tokenizer}", f"data.sources.0.path={options.data}",
+        str(options.turns), str(options.behind), str(HERE.parent / "ds_configs/recipes/bench_speed.yaml"),
+        f"folder={folder / 'run'}", "steps=2", f"global_batch={options.batch}", f"tokenizer={options.tokenizer}",
+        f"data.sources.0.path={options.data}", "optim.schedule.warmup_steps=1", "engine.threads=1",
         "model={preset: tiny, vocab_size: 16384, hidden_size: 384, num_heads: 6, embed_dim: 384}",
-        "optim.schedule.warmup_steps=1", f"engine.deepspeed={HERE.parent / f'ds_configs/zero{options.stage}.json'}",
-        f"checkpoint.every={options.every}", *VARIANTS[variant],
+        f"engine.deepspeed={HERE.parent / f'ds_configs/zero{options.stage}.json'}",
     ]  # fmt: skip
-    busy = psutil.cpu_percent(2.0)
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     line = next((x for x in done.stdout.splitlines() if "FOUND " in x), None)
     if line is None:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
     newest = max((folder / "run/checkpoints").iterdir())
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-    return {**json.loads(line.split("FOUND ")[1]), "variant": variant, "bytes": size, "busy": busy / 100}
+    return json.loads(line.split("FOUND ")[1]), size
 
 
 def main(options: Options) -> None:
-    turns = []
-    for number in range(options.turns):
-        for variant in VARIANTS:
-            with tempfile.TemporaryDirectory() as folder:
-                turns.append(turn(options, variant, Path(folder)))
-            print(number, variant, [round(x, 2) for x in turns[-1]["stalls"]], round(turns[-1]["loop"], 1), flush=True)
-    publish(options, turns)
-
-
-def publish(options: Options, turns: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.getloadavg()[0]
+        found, size = measure(options, Path(folder))
+        load = f"{before:.0f} before and {os.getloadavg()[0]:.0f} at the end"
     rows = []
-    for variant in VARIANTS:
-        own = [x for x in turns if x["variant"] == variant]
-        # The first checkpoint of a job also makes the buffers; the end-of-run one of "none" is not counted.
-        stalls = [x for one in own for x in one["stalls"][1:]] if variant != "none" else []
-        steps = [x for one in own for x in one["steps"][1:]]
-        firsts = [one["stalls"][0] for one in own] if variant != "none" else []
-        loops = [one["loop"] for one in own]
-        rows.append(
-            f"| {variant} | {_median(stalls)} | {_range(stalls)} | {_median(firsts)} | {_median(steps)} | "
-            f"{_median(loops)} | {_range(loops)} |"
-        )
+    for way in WAYS:
+        own = [one for one in found if one["way"] == way and one["turn"] > 0]
+        first = next(one for one in found if one["way"] == way and one["turn"] == 0)
+        cells = [_cell([one[name] for one in own]) for name in ("stall", "steps", "whole")]
+        rows.append(f"| {way} | {' | '.join(cells)} | {first['stall']:.2f} |")
     about = tables.machine("torch", "deepspeed")
-    size = max(x["bytes"] for x in turns) / 1e6
-    busy = " to ".join(f"{100 * f(x['busy'] for x in turns):.0f}" for f in (min, max))
+    stalls = {way: statistics.median(x["stall"] for x in found if x["way"] == way and x["turn"]) for way in WAYS}
     text = (
         "# What checkpoints hold up\n\n"
-        f"{about['date']}, {about['cpu']}, {about['cores']} cores, torch {about['torch']}; {options.ranks} ranks "
-        f"of one thread, ZeRO {options.stage}, {options.batch} pairs a step, {options.steps} steps, a checkpoint of "
-        f"{size:.0f} MB every {options.every}; {options.turns} turns of each, alternating. Others used {busy}% of "
-        "the cores before turns. Medians; seconds.\n\n"
-        "| checkpoints | stall | its range | first stall of a job | a step | loop | its range |\n"
-        "|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        "Loop: from the end of the first step until everything is on disk. `none` writes one, at the end.\n"
+        f"{about['date']}, {about['cpu']}, {about['cores']} cores (load average, this job included: {load}), torch "
+        f"{about['torch']}; {options.ranks} ranks of one thread, ZeRO {options.stage}, {options.batch} pairs a step, a "
+        f"checkpoint of {size / 1e6:.0f} MB and {options.behind} steps behind it; {options.turns - 1} turns. Seconds: "
+        "median (range).\n\n"
+        "| checkpoint | stall | steps behind it | whole | stall of the first one |\n"
+        "|---|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
+        f"Beside training, the stall is {100 * stalls[WAYS[2]] / stalls[WAYS[1]]:.0f}% of the time that a checkpoint "
+        "takes at once. The whole ends when everything is on disk and the steps are done.\n"
     )
-    tables.publish(options.out, {"machine": about, "turns": turns}, text)
+    tables.publish(options.out, {"machine": about, "load": load, "bytes": size, "turns": found}, text)
 
 
-def _median(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f}" if values else ""
-
-
-def _range(values: list[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}" if values else ""
+def _cell(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":
