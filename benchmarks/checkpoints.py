@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How long checkpoints hold up training: written at once, and beside training (checkpoint.asynchronous).
 
-One job of two ranks trains a model of some 28 million numbers (weights 113 MB, a checkpoint 340 MB). In turns: some steps;
+One job of two ranks trains a model of some 28 million numbers (weights 113 MB, a checkpoint 340 MB). In turns: steps;
 a checkpoint written at once, and as many steps; one written beside training, and as many steps. The stall is what lies
 between two steps, the whole ends when all is on disk and the steps are done.
 

@@ -1,7 +1,7 @@
 """One rank of benchmarks/checkpoints.py: checkpoints written both ways in turns, with steps of training between them.
 
-Arguments: turns, steps behind each checkpoint, the recipe, then overrides. Rank 0 prints one JSON line: for every turn and
-way the seconds that the checkpoint held up training, those of the steps behind it, and those until all was on disk.
+Arguments: turns, steps behind each checkpoint, the recipe, then overrides. Rank 0 prints one JSON line: for every turn
+and way the seconds that the checkpoint held up training, those of the steps behind it, and those until all was on disk.
 """
 
 import json

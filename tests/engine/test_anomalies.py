@@ -202,6 +202,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+GONE_BACK = ("zero2 bf16", "zero3 bf16", "pipeline bf16")
+
+
 def with_faults(mesh: Mesh, trees: list[dict[str, Any]]) -> list[str | None]:
     """Batch 2 of every run has gradients that are not finite on the last rank, batch 3 gradients that are far off."""
     found = []
@@ -222,7 +225,8 @@ def test_every_layout_leaves_the_step_out(
     tree: dict[str, Any], deepspeed_files: dict[str, Path], tmp_path: Path, policy: str
 ) -> None:
     trees, ends = [], {"skip": 15, "roll_back": 13}
-    for name, changes in LAYOUTS.items():
+    layouts = LAYOUTS if policy == "skip" else {name: LAYOUTS[name] for name in GONE_BACK}
+    for name, changes in layouts.items():
         own = {"parallel.tensor_parallel_size": 1, "parallel.pipeline_parallel_size": 1, **changes}
         own |= {"engine.deepspeed": str(deepspeed_files[changes["engine.deepspeed"]]), "optim.rules": []}
         block = {"policy": policy, "spike_threshold": 50, "spike_window": 10}
@@ -236,7 +240,7 @@ def test_every_layout_leaves_the_step_out(
             trees.append(changed(tree, {**own, "folder": str(folder), "steps": steps}))
     for errors in run_ranks(2, with_faults, trees, seconds=800):
         assert errors == [None] * len(trees), errors
-    for name in LAYOUTS:
+    for name in layouts:
         found = records(tmp_path / policy / name)
         assert [one["kind"] for one in found] == ["not finite", "spike"], name
         assert sum(len(own["keys"]) for own in found[0]["ranks"]) == 16
