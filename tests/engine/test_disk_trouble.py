@@ -1,6 +1,7 @@
 """A disk that is full, read-only or gone while a run writes to it: what is lost, what is kept, what ends it."""
 
 import contextlib
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ def before_step(actions: dict[int, Callable[[], object]]) -> Iterator[None]:
         ContrastiveStep.__call__ = original  # type: ignore[method-assign]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_costs_log_lines_and_a_checkpoint_and_room_brings_them_back(
     solo: Mesh,
@@ -77,8 +79,8 @@ def test_a_full_disk_costs_log_lines_and_a_checkpoint_and_room_brings_them_back(
         run(config_of(changed(tree, {"folder": str(small_disk / "run")})), solo)
     for step in (8, 12):
         assert f"step-{step:08} could not be written" in caplog.text
-    assert "No space left" in caplog.text and caplog.text.count("a log line could not be written") == 1
-    assert "is lost: " in caplog.text
+    assert "No space left" in caplog.text and caplog.text.count("lost so far") == 1
+    assert re.search(r"is lost: .*\d x log line", caplog.text)
     steps = [line["step"] for line in log_lines(small_disk / "run")]  # a page of the file may still have had room
     assert {1, 2, 3, 4, 5, 14, 15, 16} <= set(steps) and len(steps) < 16
     assert checkpoint_steps(small_disk / "run/checkpoints") == [16]
