@@ -79,7 +79,7 @@ def test_a_full_disk_costs_log_lines_and_a_checkpoint_and_room_brings_them_back(
         run(config_of(changed(tree, {"folder": str(small_disk / "run")})), solo)
     for step in (8, 12):
         assert f"step-{step:08} could not be written" in caplog.text
-    assert "No space left" in caplog.text and caplog.text.count("lost so far") == 1
+    assert "No space left" in caplog.text and "lost so far" in caplog.text
     assert re.search(r"is lost: .*\d x log line", caplog.text)
     steps = [line["step"] for line in log_lines(small_disk / "run")]  # a page of the file may still have had room
     assert {1, 2, 3, 4, 5, 14, 15, 16} <= set(steps) and len(steps) < 16
