@@ -157,7 +157,8 @@ class _Attempt:
 
     def agree(self) -> None:
         """Raises `Unwritten` on all ranks where one of them has met with an error."""
-        failed = [error for error in all_gather_objects(self.error, self.mesh.world) if error]
+        errors = all_gather_objects(self.error, self.mesh.world)
+        failed = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
         if failed:
             if self.mesh.is_first:
                 shutil.rmtree(self.folder, ignore_errors=True)  # the next one needs the room
