@@ -74,7 +74,7 @@ def test_a_wrong_request_is_told_and_the_job_goes_on(
     solo: Mesh, recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(changed(recipe, {"folder": str(tmp_path)}))
-    profiler = profiling.Profiler(config, solo, profiling.Clock(solo.device))
+    profiler = profiling.Profiler(config, solo, profiling.Clock(solo.device, solo.traffic.activity))
     for wrong, told in (
         ("5 99", "names [99]"),
         ("five", "STEPS RANKS"),
@@ -90,7 +90,7 @@ def test_a_wrong_request_is_told_and_the_job_goes_on(
 
 def test_an_interrupted_job_writes_what_it_has(solo: Mesh, recipe: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(changed(recipe, {"folder": str(tmp_path), "log.profile": {"start": 2, "steps": 4}}))
-    clock = profiling.Clock(solo.device)
+    clock = profiling.Clock(solo.device, solo.traffic.activity)
     with pytest.raises(Told), profiling.Profiler(config, solo, clock) as profiler:
         for done in (1, 2, 3):
             profiler.between(done)
