@@ -38,11 +38,11 @@ log = logging.getLogger(__name__)
 # What a run cannot change on its way: the position in the stream, weights or optimizer state would not fit.
 _FIXED = re.compile(
     r"seed|lora(\..*)?|engine\.precision|optim\.(kind|rules(\..*)?)|loss\.(unimodal|vl)_weight"
-    r"|model\.(?!drop_path|patch_drop|recompute|position_std)\w+"
+    r"|model\.(?!drop_path|patch_drop|recompute|(patch_)?position_std)\w+"
 )
 # What has no effect on the numbers but for rounding.
 _FREE = re.compile(
-    r"folder|init_from|init_pictures|tokenizer|micro_batch|model\.(recompute|position_std)"
+    r"folder|init_from|init_pictures|tokenizer|micro_batch|model\.(recompute|(patch_)?position_std)"
     r"|(engine|checkpoint|anomalies|log|evaluation)(\..*)?|parallel\.(?!contrast_group).*"
     r"|data\.(workers|prefetch|row_group_cache_mb|picture_cache_mb|cache_folder|cache_gb|read_ahead|sort_by_length)"
     r"|data\.sources\.\d+\.path"

@@ -47,6 +47,12 @@ class M2EncoderConfig(Settings):
         gt=0,
         description="standard deviation of the position tables' initial values; the reference draws from N(0, 1)",
     )
+    patch_position_std: float | None = Field(
+        None,
+        gt=0,
+        description="the same of pictures' positions alone; None: as position_std. 1 suits a stem that is fitted to "
+        "pictures (init_pictures), whose tokens have a variance of 1",
+    )
     recompute: RecomputePolicy = Field(
         "none", description="activation checkpointing: none, selective (keep matrix products), full (keep layer inputs)"
     )

@@ -216,7 +216,8 @@ def _initialiser(name: str, config: M2EncoderConfig, fan_in: int) -> Callable[[T
     if name.endswith("text_embed.weight"):
         return lambda x, g: x.normal_(0, config.hidden_size**-0.5, generator=g)
     if "embed_positions" in name:
-        return lambda x, g: x.normal_(0, config.position_std, generator=g)
+        std = config.patch_position_std if name == VISION_POSITIONS else None
+        return lambda x, g: x.normal_(0, std or config.position_std, generator=g)
     if name.endswith(("cls_token", "mask_token")):
         return lambda x, _: x.zero_()
     if fan_in:
