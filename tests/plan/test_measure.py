@@ -10,7 +10,7 @@ from m2_ds.model.config import M2EncoderConfig
 from m2_ds.plan.cluster import Arithmetic, Cluster, load_cluster
 from m2_ds.plan.measure import _arithmetic, _link, measure_machine
 from m2_ds.plan.measure_rank import DEPTH, HEAD, LARGE, LENGTH, SAMPLES, SMALL, WIDTHS
-from m2_ds.plan.time import _passes
+from m2_ds.plan.time import _seconds
 from m2_ds.plan.work import Tokens, layer_work
 
 
@@ -42,7 +42,7 @@ def test_a_layer_that_was_timed_is_predicted() -> None:
     for width in WIDTHS[1:]:
         config = M2EncoderConfig(hidden_size=width, num_heads=width // HEAD, num_layers=DEPTH)
         work = layer_work(config, Tokens(SAMPLES, LENGTH, SAMPLES * LENGTH), 4)
-        forward, backward = _passes(work, speeds, width)
+        forward, backward = _seconds(work, speeds, width)
         assert forward == pytest.approx(given["layers"][str(width)]["forward"], rel=0.2)
         assert backward == pytest.approx(given["layers"][str(width)]["backward"], rel=0.2)
     assert speeds.tensor_us == pytest.approx(50) and speeds.step_ms == pytest.approx(15, abs=0.3)
