@@ -327,6 +327,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="no new run is begun after so long")
     parser.add_argument("--kinds", nargs="*", choices=list(SHARES), help="these only")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/faults.json")
+    parser.add_argument("--more", action="store_true", help="add to what --out holds, of another seed or other kinds")
     parser.add_argument("--clock", type=Path, help=argparse.SUPPRESS)  # this process's clock can jump; where to write
     options = parser.parse_args()
     begun, kinds, left_out = time.monotonic(), options.kinds or list(SHARES), []
@@ -366,10 +367,12 @@ def main() -> None:
         if "clock" in kinds and left > 0:
             asked = {"faults": options.faults, "seed": options.seed, "minutes": left}
             found += run_clock([f"--{name}={value}" for name, value in asked.items()] + ["--kinds", *kinds], place)
+        before = json.loads(options.out.read_text()) if options.more else {"seeds": [], "minutes": 0, "episodes": []}
         content = {
-            "machine": tables.machine("torch", "deepspeed"), "seed": options.seed, "left_out": left_out,
-            "kinds": list(SHARES), "steps": STEPS, "every": EVERY, "ranks": RANKS,
-            "minutes": round((time.monotonic() - begun) / 60, 1), "episodes": found,
+            "machine": tables.machine("torch", "deepspeed"), "seeds": sorted({*before["seeds"], options.seed}),
+            "left_out": left_out, "kinds": list(SHARES), "steps": STEPS, "every": EVERY, "ranks": RANKS,
+            "minutes": round(before["minutes"] + (time.monotonic() - begun) / 60, 1),
+            "episodes": before["episodes"] + found,
         }  # fmt: skip
         tables.publish(options.out, content, table(content))
 

@@ -53,7 +53,7 @@ def table(content: dict[str, Any]) -> str:
     return f"""# Faults
 
 {about["cpu"]}, {about["cores"]} cores that other jobs used, too; {about["date"]}; torch {about["torch"]}, \
-deepspeed {about["deepspeed"]}. Seed {content["seed"]}; {content["minutes"]} minutes.
+deepspeed {about["deepspeed"]}. Seeds {", ".join(map(str, content["seeds"]))}; {content["minutes"]:.0f} minutes.
 
 {len(faults)} faults in {len(episodes)} runs of {content["steps"]} steps on {content["ranks"]} ranks, with a \
 checkpoint every {content["every"]} steps and limits of 15 s (hang) and 8 s (silence): {starts} starts, {again} of \

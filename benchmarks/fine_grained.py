@@ -71,7 +71,7 @@ def train(options: Options, arm: str, seed: int) -> dict[str, float]:
     tree = yaml.safe_load(RECIPE.read_text())
     tree |= {"folder": str(folder), "seed": seed}
     for name, changes in ARMS[arm].items():
-        tree["loss"][name] = NONE if changes is NONE else tree["loss"][name] | changes
+        tree["loss"][name] = dict(NONE) if changes is NONE else tree["loss"][name] | changes
     tells = tree["loss"]["cmlm"]["weight"] > 0
     place = tree["data"]["sources"][0]["path"]
     common = {"dataset": place, "splits": ["test"], "limit": options.pictures}
