@@ -36,7 +36,7 @@ class Options:
     every_s: float = 2.0
     """Seconds between looks at the ranks."""
     growth_mb: float = 20.0
-    """Memory that a rank may gain from the second fifth of the run to its last."""
+    """Memory that a rank may gain from the second fifth of the run to one near its end."""
     folder: Path = HERE.parent / "runs" / "soak"
     """Where data and run go."""
     out: Path = HERE / "results" / "soak.json"
@@ -127,16 +127,16 @@ def look(pid: int, step: int) -> list[Look]:
 
 
 def verdict(looks: list[Look], options: Options) -> dict[str, dict[str, Any]]:
-    """By process: numbers of the second and the last fifth of the run, and whether they are flat.
+    """By process: numbers of the second fifth of the run and of one near its end, and whether they are flat.
 
     Medians of memory; the least of open files and threads, for a checkpoint that is being written has some of its own.
     """
     found = {}
     for process in sorted({x.process for x in looks}):
         own = [x for x in looks if x.process == process]
-        parts = [[x for x in own if low < x.step / options.steps <= high] for low, high in ((0.2, 0.4), (0.8, 1.0))]
+        parts = [[x for x in own if low < x.step / options.steps <= high] for low, high in ((0.2, 0.4), (0.75, 0.95))]
         if not all(parts):
-            raise RuntimeError(f"{process} was not seen in the second and the last fifth of the run")
+            raise RuntimeError(f"{process} was not seen in the second fifth of the run or near its end")
         numbers = {
             name: [whole(getattr(x, name) for x in part) for part in parts]
             for name, whole in (("memory_mb", statistics.median), ("files", min), ("threads", min))
@@ -147,18 +147,16 @@ def verdict(looks: list[Look], options: Options) -> dict[str, dict[str, Any]]:
     return found
 
 
-def main(options: Options) -> None:
-    started = time.monotonic()
-    looks = soak(options)
-    minutes = (time.monotonic() - started) / 60
-    found = verdict(looks, options)
-    about = machine("torch", "deepspeed")
+def tell(
+    options: Options, about: dict[str, Any], minutes: float, looks: list[Look], found: dict[str, dict[str, Any]]
+) -> None:
+    """The table, and beside it what was seen."""
     lines = [
         "# A day's worth of steps",
         "",
         f"{about['cpu']}, {about['cores']} cores; {about['date']}. {options.steps:,} steps on {options.ranks} ranks in "
         f"{minutes:.0f} minutes, {options.steps // 180} checkpoints and {options.steps // 360} evaluations; memory: "
-        "medians over the second and the last fifth of the run, files and threads: the least there.",
+        "medians over the second fifth of the run and one near its end, files and threads: the least there.",
         "",
         "| process | memory of its own, MB | open files | threads | flat |",
         "|---|---|---|---|---|",
@@ -169,9 +167,23 @@ def main(options: Options) -> None:
             for process, row in found.items()
         ),
     ]
-    publish(
-        options.out, {"about": about, "minutes": minutes, "looks": [asdict(x) for x in looks]}, "\n".join(lines) + "\n"
-    )
+    tenths = [
+        asdict(of[len(of) // 2])  # one in the middle
+        for process in found
+        for tenth in range(10)
+        if (of := [x for x in looks if x.process == process and tenth <= 10 * x.step / options.steps < tenth + 1])
+    ]
+    content = {"about": about, "minutes": minutes, "found": found, "looks": tenths}
+    publish(options.out, content, "\n".join(lines) + "\n")
+
+
+def main(options: Options) -> None:
+    started = time.monotonic()
+    looks = soak(options)
+    minutes = (time.monotonic() - started) / 60
+    found = verdict(looks, options)
+    about = machine("torch", "deepspeed")
+    tell(options, about, minutes, looks, found)
     if not all(row["flat"] for row in found.values()):
         raise SystemExit(1)
 
