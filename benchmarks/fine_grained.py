@@ -57,6 +57,8 @@ class Options:
     """Where runs go."""
     override: tuple[str, ...] = ()
     """Fields of the recipe, field=value, for all arms."""
+    more: bool = False
+    """Add to the runs that `out` holds, of the same recipe."""
     out: Path = HERE / "results" / "fine_grained.json"
     """Results; a table of the same name ending in .md is written beside it."""
 
@@ -141,20 +143,31 @@ def told(metrics: dict[str, dict[int, dict[str, float]]]) -> list[str]:
     return lines
 
 
+def before(options: Options, recipe: dict[str, Any]) -> dict[str, dict[int, dict[str, float]]]:
+    """Metrics by arm and seed of the runs that are added to."""
+    if not options.more:
+        return {}
+    content = json.loads(options.out.read_text())
+    if content["recipe"] != recipe or content["override"] != list(options.override):
+        raise SystemExit(f"{options.out} holds runs of another recipe; leave --more out, or give another --out")
+    return {arm: {int(seed): found for seed, found in runs.items()} for arm, runs in content["metrics"].items()}
+
+
 def main(options: Options) -> None:
+    tree = yaml.safe_load(RECIPE.read_text())
+    metrics = before(options, tree)
     jobs = [(arm, seed) for arm in options.arms for seed in (options.seeds if arm in (ITC, WHOLE) else options.others)]
-    metrics: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in options.arms}
     with ThreadPoolExecutor(options.jobs) as pool:
         for (arm, seed), found in zip(jobs, pool.map(lambda job: train(options, *job), jobs)):
-            metrics[arm][seed] = found
-    tree = yaml.safe_load(RECIPE.read_text())
+            metrics.setdefault(arm, {})[seed] = found
+    metrics = {arm: metrics[arm] for arm in ARMS if arm in metrics}
     about = machine("torch", "deepspeed")
     lines = [
         "# What masked objectives teach",
         "",
         f"{about['cpu']}, one core a run; {about['date']}. ds_configs/recipes/scenes_masked.yaml"
         f"{' with ' + ' '.join(options.override) if options.override else ''}: {tree['steps']:,} steps of "
-        f"{tree['global_batch']} pairs for every arm, the same pairs and the same model. {options.pictures} pictures "
+        f"{tree['global_batch']} pairs for every arm, the same pairs and the same model. {options.pictures} pictures of "
         "the test split, whose scenes are in no other; a true caption against one that is wrong in the named respect "
         "(50 is guessing), means of both languages and of seeds.",
         "",
@@ -162,7 +175,8 @@ def main(options: Options) -> None:
         "",
         *told(metrics),
     ]
-    publish(options.out, {"about": about, "metrics": metrics}, "\n".join(lines) + "\n")
+    content = {"about": about, "recipe": tree, "override": options.override, "metrics": metrics}
+    publish(options.out, content, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
