@@ -168,8 +168,8 @@ def main(options: Options) -> None:
         f"{about['cpu']}, one core a run; {about['date']}. ds_configs/recipes/scenes_masked.yaml"
         f"{' with ' + ' '.join(options.override) if options.override else ''}: {tree['steps']:,} steps of "
         f"{tree['global_batch']} pairs for every arm, the same pairs and the same model. {options.pictures} pictures "
-        "of the test split, whose scenes are in no other; a true caption against one that is wrong in the named respect "
-        "(50 is guessing), means of both languages and of seeds.",
+        "of the test split, whose scenes are in no other; a true caption against one that is wrong in the named "
+        "respect (50 is guessing), means of both languages and of seeds.",
         "",
         *table(options, metrics),
         "",
