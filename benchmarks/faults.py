@@ -350,7 +350,7 @@ def main() -> None:
             (
                 "clock",
                 clock_can_jump(),
-                f"no {FAKETIME} (apt-get install libfaketime), or Python cannot sleep under it",
+                f"no {FAKETIME} (libfaketime), or Python cannot sleep under it",
             ),
         ):
             if kind in kinds and not there:
