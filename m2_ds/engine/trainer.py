@@ -56,8 +56,8 @@ class Trainer:
         ``found``: the checkpoint that the engine stands at.
         """
         watch = Watch(self.engine, self.config.anomalies, self.mesh, fresh=found is None)
-        if isinstance(self.step.passes, EnginePasses):
-            self.step.passes.tell_norm = watch.told
+        if self.config.anomalies.watched and isinstance(self.step.passes, EnginePasses):
+            self.step.passes.tell_norm = watch.told  # which waits for the device
         with Interruption(self.mesh, start) as interruption:
             returns: Counter[int] = Counter()
             while True:
