@@ -141,8 +141,9 @@ def test_every_layout_trains_like_the_plain_loop(
     torch.testing.assert_close(loss, torch.tensor(plain.loss, dtype=torch.float64), rtol=1e-5, atol=0)
     torch.testing.assert_close(norm, torch.tensor(plain.norm, dtype=torch.float64), rtol=1e-5, atol=0)
     assert (norm > 0.5).all(), "clipping was not active"
-    # Rounding differs by processor, and AdamW's first steps enlarge it: 1.3e-5 and 4.0e-5 were seen.
-    assert distance(weights(folder, 8), dict(plain.model.state_dict())) < 1e-4
+    # Micro-batches of four ranks round as the processor's kernels for their shapes do: 1.3e-5 and 4.0e-5 were seen.
+    limit = 6e-5 if ranks == 4 else 3e-5
+    assert distance(weights(folder, 8), dict(plain.model.state_dict())) < limit
 
 
 @pytest.mark.distributed
