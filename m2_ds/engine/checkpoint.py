@@ -84,27 +84,12 @@ class Content:
         return Content(model, state, step, config, tokenizer, about)
 
 
-def save(
-    engine: Any,
-    model: M2Encoder,
-    step: int,
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    stream: dict[str, Any] | None,
-) -> Path:
+def write(content: Content, mesh: Mesh) -> Path:
     """Write the run folder's ``checkpoints/step-00001000`` and remove what need not be kept; every rank calls it.
 
-    ``model``: this rank's part of it, inside the engine. ``stream``: where the data stands (`PairDataset.state`), on
-    the first rank. Nothing of that name is visible before it is complete. Raises FloatingPointError for weights that
-    are not finite and `Unwritten`, on every rank, where the files cannot be written.
+    Of collectives it uses those of the ``mesh`` that is given. Nothing of that name is visible before it is complete.
+    Raises `Unwritten`, on every rank, where the files cannot be written. Weights are not looked at: `refuse_non_finite`.
     """
-    refuse_non_finite(model, step, mesh)
-    return write(Content.now(engine, model, step, config, tokenizer, mesh, stream), mesh)
-
-
-def write(content: Content, mesh: Mesh) -> Path:
-    """`save` without looking at the weights. Of collectives it uses those of the ``mesh`` that is given."""
     final = _write(content, mesh)
     if mesh.is_first:
         try:

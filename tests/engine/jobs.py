@@ -109,7 +109,8 @@ def write_again(mesh: Mesh, trees: Sequence[dict[str, Any]]) -> list[str | None]
 
     def save(trainer: Trainer, start: int, samples: int, found: Path | None) -> None:
         stream = PairDataset(trainer.config.data, trainer.tokenizer, trainer.config.seed).state(samples)
-        checkpoint.save(trainer.engine, trainer.model, start, trainer.config, trainer.tokenizer, trainer.mesh, stream)
+        given = (trainer.engine, trainer.model, start, trainer.config, trainer.tokenizer, trainer.mesh, stream)
+        checkpoint.write(checkpoint.Content.now(*given), trainer.mesh)
 
     original = Trainer.run
     Trainer.run = save  # type: ignore[method-assign]
