@@ -88,7 +88,7 @@ def write(content: Content, mesh: Mesh) -> Path:
     """Write the run folder's ``checkpoints/step-00001000`` and remove what need not be kept; every rank calls it.
 
     Of collectives it uses those of the ``mesh`` that is given. Nothing of that name is visible before it is complete.
-    Raises `Unwritten`, on every rank, where files cannot be written. `refuse_non_finite` looks at the weights, not this.
+    Raises `Unwritten`, on every rank, where files cannot be written. Weights are looked at by `refuse_non_finite`.
     """
     final = _write(content, mesh)
     if mesh.is_first:
