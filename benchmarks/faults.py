@@ -21,12 +21,13 @@ bit for bit. Ranks are forked from this process, which has everything imported; 
     network               the link between two network namespaces, a rank in each, goes down; up again after
     clock                 the clock jumps by up to a year (libfaketime) while the job runs; nothing should happen
 
-Needs root for the tmpfs and the namespaces, and Debian's libfaketime for the clock; kinds that cannot be had are left
-out, and told.
+Needs root for the tmpfs and the namespaces, and `pip install libfaketime` for the clock; kinds that cannot be had are
+left out, and told.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -59,9 +60,8 @@ SHARES = {
     "flipped bit": 10, "network": 5, "clock": 8,
 }  # fmt: skip
 BETWEEN = ("truncated file", "flipped bit")  # these strike when the job is not there
-START_S, END_S, LAUNCHER_S = 4.0, 600.0, 30.0
+START_S, END_S, LAUNCHER_S = 4.0, 600.0, 60.0
 NETWORK, JUMP_S = ("m2fa", "m2fb"), 3600 * 24 * 365
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 
 
 @dataclass
@@ -160,7 +160,8 @@ class Episode:
         self.found.append({
             "episode": self.number, "kind": fault.kind, "rank": fault.rank, "began": begun, "reached": steps,
             "goes_on_from": behind, "lost": max(0, steps - behind), "code": end.code,
-            "seconds": round(time.monotonic() - at, 2), "reason": end.reason[:300],
+            "seconds": round(time.monotonic() - at, 2), "limit": fault.limit_s(starting=steps <= begun),
+            "reason": end.reason[:300],
         })  # fmt: skip
 
     def _damage(self, fault: Fault) -> None:
@@ -307,11 +308,20 @@ def run_episode(
     }  # fmt: skip
 
 
+def faketime() -> Path | None:
+    """The library that the package of that name brings."""
+    package = importlib.util.find_spec("libfaketime")
+    places = [] if package is None else package.submodule_search_locations or []
+    return next((path for place in places for path in Path(place).rglob("libfaketime.so.1")), None)
+
+
 def clock_can_jump() -> bool:
     """Some releases of libfaketime refuse the absolute monotonic times by which Python 3.11 sleeps."""
-    environment = {**os.environ, "LD_PRELOAD": str(FAKETIME), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME": "+9"}
+    if (library := faketime()) is None:
+        return False
+    environment = {**os.environ, "LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME": "+9"}
     sleep = [sys.executable, "-c", "import time; time.sleep(0.01)"]
-    return FAKETIME.exists() and subprocess.run(sleep, env=environment, capture_output=True).returncode == 0
+    return subprocess.run(sleep, env=environment, capture_output=True).returncode == 0
 
 
 def run_clock(arguments: list[str], place: Path) -> list[dict[str, Any]]:
@@ -319,7 +329,7 @@ def run_clock(arguments: list[str], place: Path) -> list[dict[str, Any]]:
     stamp, out = place / "clock", place / "clock.json"
     stamp.write_text("+0\n")
     more = {
-        "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(stamp), "FAKETIME_NO_CACHE": "1",
+        "LD_PRELOAD": str(faketime()), "FAKETIME_TIMESTAMP_FILE": str(stamp), "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_RESET": "1",
     }  # fmt: skip
     command = [sys.executable, __file__, *arguments, "--clock", str(out)]
@@ -350,7 +360,7 @@ def main() -> None:
             (
                 "clock",
                 clock_can_jump(),
-                f"no {FAKETIME} (libfaketime), or Python cannot sleep under it",
+                "no libfaketime, or one under which Python cannot sleep",
             ),
         ):
             if kind in kinds and not there:

@@ -15,7 +15,11 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw
 
+from m2_ds.engine.suspects import LENIENCY
+
 PICTURES, BROKEN_EVERY = 96, 9
+HANG_S, SILENCE_S = 15, 8
+HANGS = ("step", "data", "lock", "collective")
 WORDS = {"red": "红色", "green": "绿色", "blue": "蓝色", "purple": "紫色", "grey": "灰色", "brown": "棕色"}
 
 
@@ -30,6 +34,12 @@ class Fault:
     steps: int | None
     delay: float
     number: int
+
+    def limit_s(self, starting: bool) -> float:
+        """In which the job is to find it. ``starting``: no step of this start had been done."""
+        if self.kind == "hang" and HANGS[self.number % len(HANGS)] != "lock":
+            return HANG_S
+        return SILENCE_S * (LENIENCY if starting and self.kind in ("hang", "network") else 1)
 
 
 def make_data(folder: Path) -> tuple[Path, Path]:
@@ -67,7 +77,7 @@ def write_recipe(path: Path, folder: Path, data: Path, tokenizer: Path, steps: i
         "model": {"preset": "test", "drop_path": 0.2, "patch_drop": 0.3},
         "data": {"sources": [{"path": str(data), "split": "train"}], "augment": {"crop_scale": [0.8, 1.0]}},
         "optim": {"lr": 2e-3, "schedule": {"warmup_steps": 2}},
-        "engine": {"threads": 1, "hang_seconds": 15, "silence_seconds": 8},
+        "engine": {"threads": 1, "hang_seconds": HANG_S, "silence_seconds": SILENCE_S},
         "checkpoint": {"every": every, "keep": 3},
         "log": {"every": 1},
     }
@@ -139,7 +149,7 @@ def _hang(fault: Fault) -> None:
     from m2_ds.engine import batches, step
     from m2_ds.loss import exchange
 
-    place = ("step", "data", "lock", "collective")[fault.number % 4]
+    place = HANGS[fault.number % len(HANGS)]
     holder, name = {
         "data": (batches.StepBatches, "__next__"),
         "collective": (exchange.Exchange, "receive"),

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.faults_rank import HANG_S, SILENCE_S
 from m2_ds.convert.canonical import read_weights
+from m2_ds.engine.suspects import LENIENCY
 
 CONTENT = ("step", "samples", "loss", "lr", "grad_norm", "logit_scale", "skipped", "epochs")
 
@@ -43,7 +45,8 @@ def table(content: dict[str, Any]) -> str:
         seconds = [fault["seconds"] for fault in some if "seconds" in fault]
         lost = [fault["lost"] for fault in some]
         codes = sorted({fault["code"] for fault in some if "code" in fault})
-        ended = f"{statistics.median(seconds):.1f} | {max(seconds):.1f}" if seconds else " | "
+        beyond = max((fault["seconds"] - fault["limit"] for fault in some if "seconds" in fault), default=0.0)
+        ended = f"{statistics.median(seconds):.1f} | {max(seconds):.1f} | {max(beyond, 0):.1f}" if seconds else " | | "
         rows.append(
             f"| {kind} | {len(some)} | {', '.join(map(str, codes))} | {ended} | "
             f"{statistics.mean(lost):.1f} | {max(lost)} |"
@@ -56,13 +59,13 @@ def table(content: dict[str, Any]) -> str:
 deepspeed {about["deepspeed"]}. Seeds {", ".join(map(str, content["seeds"]))}; {content["minutes"]:.0f} minutes.
 
 {len(faults)} faults in {len(episodes)} runs of {content["steps"]} steps on {content["ranks"]} ranks, with a \
-checkpoint every {content["every"]} steps and limits of 15 s (hang) and 8 s (silence): {starts} starts, {again} of \
-them by `--restarts`, {by_hand} by hand. {len(episodes) - len(different)} of {len(episodes)} runs ended with the \
+checkpoint every {content["every"]} steps and limits of {HANG_S} s (hang) and {SILENCE_S} s (silence, at the start \
+{SILENCE_S * LENIENCY:.0f} s): {starts} starts, {again} of them by `--restarts`, {by_hand} by hand. {len(episodes) - len(different)} of {len(episodes)} runs ended with the \
 weights, the optimizer's state, the position in the data and the log of the run that was left alone, bit for bit. \
-{outside} ranks had to be killed from outside, 30 s after another had ended.
+{outside} ranks had to be killed from outside, a minute after another had ended.
 
-| fault | times | exit code | seconds to the end, median | longest | steps lost, mean | most |
-|---|---|---|---|---|---|---|
+| fault | times | exit code | seconds to the end, median | longest | most beyond the limit | steps lost, mean | most |
+|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 Left out here: {", ".join(content["left_out"]) or "nothing"}. Every ninth picture of the data was broken in all of these

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(config: RunConfig) -> int:
     """Join the job that the launcher started, carry out this rank's part of the run, leave. Returns the exit code."""
-    from m2_ds.engine.interrupt import EXIT_CODE, Interrupted
+    from m2_ds.engine.interrupt import EXIT_CODE, Interrupted, told_at_start
     from m2_ds.engine.setup import quiet, set_threads
     from m2_ds.engine.watchdog import Limits, Watchdog
     from m2_ds.parallel.mesh import Mesh
@@ -51,7 +51,8 @@ def train(config: RunConfig) -> int:
     watchdog = Watchdog(mesh, config.folder, limits)
     code, reason = 0, "done"
     try:
-        run(config, mesh)
+        with told_at_start():
+            run(config, mesh)
     except Interrupted as told:
         code, reason = EXIT_CODE, str(told)
         if mesh.is_first:

@@ -6,10 +6,12 @@ step ahead of another, for a step ends with a sum over all of them: so a note th
 time.
 """
 
+import contextlib
 import logging
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from m2_ds.parallel.board import Board
 from m2_ds.parallel.mesh import Mesh
@@ -29,6 +31,27 @@ class Interrupted(Exception):
         super().__init__(
             f"told to end, and did so behind step {done}, whose checkpoint is written; the same command goes on from it"
         )
+
+
+class ToldAtStart(Exception):
+    """Raised on a rank that is told to end before its first step, when no checkpoint is due."""
+
+
+@contextlib.contextmanager
+def told_at_start() -> Iterator[None]:
+    """Inside, up to an `Interruption`, signals raise `ToldAtStart`."""
+
+    def told(number: int, _: FrameType | None) -> NoReturn:
+        name = signal.Signals(number).name
+        raise ToldAtStart(f"told to end by {name} before its first step; the same command goes on")
+
+    before = {number: signal.signal(number, told) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is told:  # an `Interruption` that has ended its job may leave another
+                signal.signal(number, handler)
 
 
 class Interruption:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 LOST = 76  # exit code: another rank was lost, or hung; the same command goes on from the newest checkpoint
 BROKEN_S = 10.0  # so long a rank may be silent at most when a connection broke, too
-LENIENCY = 5.0  # times as long may a rank be silent where it may take its time
+LENIENCY = 5.0  # times as long may a rank be silent until its first step is done
 _NAMED = 3  # waiting ranks that a verdict describes
 
 Kind = Literal["gone", "silent", "stuck", "cut off", "error"]
@@ -76,7 +76,7 @@ class Suspects:
 
     def __init__(self, places: Sequence[Place], rank: int, hang_s: float, patience_s: float, silence_s: float) -> None:
         """``hang_s``: without progress in a step (0: any time); ``patience_s``: at the start, in a checkpoint or an
-        evaluation; ``silence_s``: without a note."""
+        evaluation; ``silence_s``: without a note (at the start: times `LENIENCY`)."""
         self.places, self.rank = places, rank
         self.hang_s, self.patience_s, self.silence_s = hang_s, max(patience_s, hang_s), silence_s
         self.broken = False  # whether this rank lost a connection
@@ -167,7 +167,7 @@ class Suspects:
     def _leniency(self, rank: int) -> float:
         """Importing libraries from a slow disk, Python holds its lock for long; a process that is stopped does not."""
         stopped = any(p.state() in ("T", "t") for p in self._neighbours if p.rank == rank)
-        return LENIENCY if self._notes[rank]["patient"] and not stopped else 1.0
+        return LENIENCY if self._notes[rank]["starting"] and not stopped else 1.0
 
     def _stuck(self, now: float) -> Verdict | None:
         if not self.hang_s or self.rank != 0:  # who waits for whom can be said by the one that hears all
@@ -175,7 +175,8 @@ class Suspects:
         idle = {rank: now - moved for rank, moved in self._moved.items() if not self._left(rank)}
         if not any(seconds > self._limit(rank) for rank, seconds in idle.items()):
             return None
-        resting = [rank for rank, seconds in idle.items() if seconds > self._limit(rank) / 2]
+        silent = {rank for rank, heard in self._heard.items() if now - heard > self.silence_s}  # whatever it said last
+        resting = [rank for rank, seconds in idle.items() if seconds > self._limit(rank) / 2 or rank in silent]
         behind = self._behind(resting)
         seconds = max(idle[rank] for rank in resting)
         if len(behind) == len(self.places) > 1:

@@ -28,7 +28,8 @@ from typing import NoReturn, TextIO
 import psutil
 import torch.distributed as dist
 
-from m2_ds.engine.suspects import LOST, Place, Suspects, Verdict, WakingClock
+from m2_ds.engine.interrupt import EXIT_CODE, ToldAtStart
+from m2_ds.engine.suspects import LENIENCY, LOST, Place, Suspects, Verdict, WakingClock
 from m2_ds.files import write_json
 from m2_ds.parallel.board import Board
 from m2_ds.parallel.collectives import all_gather_objects, barrier
@@ -79,6 +80,7 @@ class Watchdog:
         self._left, self._broken, self._detail = False, "", ""
         self._broken_at: float | None = None
         self._proposal: Verdict | None = None
+        self._unread: list[int] = []
         self._wake, self._stop, self._once = threading.Event(), threading.Event(), threading.Lock()
         self._files, self._ending = threading.Lock(), False
         self._stacks: TextIO | None = None
@@ -111,7 +113,9 @@ class Watchdog:
         """This rank cannot go on. All ranks end: where a connection broke by what is found to be its cause, else by the
         code of ``error``."""
         text = str(error) or type(error).__name__
-        if isinstance(error, (ValueError, FloatingPointError)):
+        if isinstance(error, ToldAtStart):
+            self._propose(EXIT_CODE, text)
+        elif isinstance(error, (ValueError, FloatingPointError)):
             self._propose(WRONG_INPUT, text)
         elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _CONNECTION.search(text)):
             self._suspects.broken, self._broken = True, text.splitlines()[0]
@@ -184,13 +188,14 @@ class Watchdog:
 
     def _arm(self) -> None:
         """Have the stacks written by a thread of C's, if Python's threads do not get to run until then: before others
-        notice the silence. Not before the first step, whose errors leave no run folder behind."""
+        notice the silence. Not before the run has a folder: wrong input leaves none behind."""
         with self._files, contextlib.suppress(OSError):
-            if self._stacks is None and not self._ending and not self.activity.note()["patient"]:
-                self.folder.mkdir(parents=True, exist_ok=True)
+            if self._stacks is None and not self._ending and self.folder.parent.is_dir():
+                self.folder.mkdir(exist_ok=True)
                 self._stacks = self._stack_file(self.mesh.rank).open("w")
             if self._stacks is not None:
-                faulthandler.dump_traceback_later(self.limits.silence_s * 0.75, file=self._stacks)
+                borne = LENIENCY if self.activity.note()["starting"] else 1.0
+                faulthandler.dump_traceback_later(self.limits.silence_s * borne * 0.75, file=self._stacks)
 
     def _disarm(self) -> None:
         """For good."""
@@ -214,13 +219,13 @@ class Watchdog:
         _in_time(partial(self._put_down, verdict, hung, mine))
         if mine:
             self._tell(verdict, hung)
+        deaf = set(verdict.ranks) if verdict.kind in ("gone", "silent") else set()
         if agreed:
-            _in_time(partial(self._part, verdict))
-        if verdict.kind == "silent":
-            for place in self._suspects.neighbours(verdict.ranks):  # a launcher asks a stopped process in vain
-                if place.state():
-                    with contextlib.suppress(OSError):
-                        os.kill(place.pid, signal.SIGKILL)
+            _in_time(partial(self._part, deaf))
+        for place in self._suspects.neighbours([*deaf, *self._unread]):  # a launcher asks them in vain
+            if place.state():
+                with contextlib.suppress(OSError):
+                    os.kill(place.pid, signal.SIGKILL)
         _leave_process(verdict.code)
 
     def _put_down(self, verdict: Verdict, hung: bool, mine: bool) -> None:
@@ -252,15 +257,23 @@ class Watchdog:
             text += f". Python's stacks are in {self.folder}{named}"
         print(f"m2_ds.train{of_another}: {text}", file=sys.stderr, flush=True)
 
-    def _part(self, verdict: Verdict) -> None:
-        """Say that this rank has read the verdict; the first, which has the store, waits until all have that can."""
-        with contextlib.suppress(RuntimeError):
+    def _part(self, deaf: set[int]) -> None:
+        """Say that this rank has read the verdict, and wait for those of its machine: who has not read it in the end
+        (``_unread``) holds Python's lock. The first rank, which has the store, waits until all have that can."""
+        everyone = range(self.mesh.world_size)
+        neighbours = [place for place in self._suspects.neighbours(everyone) if place.rank not in deaf]
+        expected = len(everyone) - len(deaf) if self.mesh.is_first else 0
+        deadline = time.monotonic() + (_FAREWELL_S if self.mesh.is_first else _FAREWELL_S - 1)
+        try:
+            self._board.write(self._read, True)
             self._board.count(self._read)
-            deaf = len(verdict.ranks) if verdict.kind in ("gone", "silent") else 0
-            expected = self.mesh.world_size - deaf
-            deadline = time.monotonic() + _FAREWELL_S
-            while self.mesh.is_first and self._board.count(self._read, 0) < expected and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
+                self._unread = [p.rank for p in neighbours if p.state() and not self._board.has(self._read, p.rank)]
+                if not self._unread and self._board.count(self._read, 0) >= expected:
+                    return
                 time.sleep(0.05)
+        except RuntimeError:  # the first rank has left, when all had read it
+            self._unread = []
 
 
 def _remove_empty(path: Path) -> None:

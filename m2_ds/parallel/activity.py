@@ -53,6 +53,7 @@ class Activity:
         return {
             "step": self.step,
             "doing": self.doing,
+            "starting": not self._settled,
             "patient": self.patient or not self._settled,
             "collective": self.collective,
             "inside": self.inside,

@@ -61,6 +61,11 @@ class Board:
             found = self._store.multi_get([f"{name}/{rank}" for rank in ranks])
         return {rank: json.loads(note) for rank, note in zip(ranks, found)}
 
+    def has(self, name: str, rank: int) -> bool:
+        """Whether a rank has left a note. Does not wait."""
+        with _told():
+            return bool(self._store.check([f"{name}/{rank}"]))
+
     def count(self, name: str, more: int = 1) -> int:
         """Add to a number that all ranks share; what it is then."""
         with _told():

@@ -1,4 +1,7 @@
-"""m2_ds.train with a fault on rank 1 only (or M2_RANK), named by M2_FAULT: what a launcher starts in tests."""
+"""m2_ds.train with a fault on rank 1 only (or M2_RANK), named by M2_FAULT: what a launcher starts in tests.
+
+M2_ANOTHER names one of the other ranks.
+"""
 
 import ctypes
 import os
@@ -8,12 +11,12 @@ import time
 from typing import Any
 
 from m2_ds import train
-from m2_ds.engine import checkpoint
+from m2_ds.engine import checkpoint, preflight
 from m2_ds.engine.step import ContrastiveStep
 
 
 def install(fault: str) -> None:
-    step, write = ContrastiveStep.__call__, checkpoint._write
+    step, write, check = ContrastiveStep.__call__, checkpoint._write, preflight.check
     done = 0
 
     def failing_step(self: ContrastiveStep, *arguments: Any) -> Any:
@@ -36,11 +39,17 @@ def install(fault: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         return write(*arguments)
 
+    def told(*arguments: Any) -> Any:
+        if fault == "told at the start":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return check(*arguments)
+
     ContrastiveStep.__call__ = failing_step  # type: ignore[method-assign]
     checkpoint._write = full_disk
+    preflight.check = told
 
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == os.environ.get("M2_RANK", "1"):
-        install(os.environ["M2_FAULT"])
+    mine = os.environ["RANK"] == os.environ.get("M2_RANK", "1")
+    install(os.environ["M2_FAULT"] if mine else os.environ.get("M2_ANOTHER", ""))
     train.main()

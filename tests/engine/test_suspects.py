@@ -23,8 +23,8 @@ def places(count: int) -> list[Place]:
 
 
 def note(beat: int, **changes: Any) -> dict[str, Any]:
-    said = {"step": 5, "doing": "forward", "patient": False, "collective": "", "inside": False, "marks": 3}
-    return {**said, "beat": beat, "left": False, "broken": "", **changes}
+    said = {"step": 5, "doing": "forward", "starting": False, "patient": False, "collective": "", "inside": False}
+    return {**said, "marks": 3, "beat": beat, "left": False, "broken": "", **changes}
 
 
 def hear_for(seconds: int, of: Suspects, **by_rank: dict[str, Any]) -> Any:
@@ -83,12 +83,22 @@ def test_silence_is_told_sooner_where_a_connection_broke() -> None:
     assert "has given no sign of life for 12 s: its host or network is lost" in found.reason
 
 
-def test_silence_where_a_rank_may_take_its_time(two: Suspects) -> None:
-    two.hear({0: note(1), 1: note(1, patient=True, doing="start")}, 0.0)
-    two.hear({0: note(2, marks=4), 1: note(1, patient=True, doing="start")}, 20.0)
-    assert two.verdict(20.0) is None
-    two.hear({0: note(3, marks=5)}, 20.5)
-    assert two.verdict(20.5).ranks == (1,)  # type: ignore[union-attr]
+@pytest.mark.parametrize(("starting", "longest"), [(True, 20.0), (False, 4.0)])
+def test_silence_is_borne_longer_until_the_first_step_is_done(two: Suspects, starting: bool, longest: float) -> None:
+    quiet = note(1, starting=starting, patient=True, doing="start")
+    two.hear({0: note(1), 1: quiet}, 0.0)
+    two.hear({0: note(2, marks=4), 1: quiet}, longest)
+    assert two.verdict(longest) is None
+    two.hear({0: note(3, marks=5)}, longest + 0.5)
+    assert two.verdict(longest + 0.5).ranks == (1,)  # type: ignore[union-attr]
+
+
+def test_a_silent_rank_is_waited_for_though_its_silence_is_borne(two: Suspects) -> None:
+    quiet = note(1, starting=True, patient=True, step=4)
+    for second in range(12):
+        two.hear({0: note(second, **WAITS), 1: quiet}, float(second))
+    found = two.verdict(11.0)
+    assert found is not None and (found.kind, found.ranks) == ("stuck", (1,)) and "others wait: rank 0" in found.reason
 
 
 def test_ranks_that_left_in_order_are_not_missed(two: Suspects) -> None:
@@ -152,7 +162,7 @@ def test_what_a_rank_says_of_itself() -> None:
     activity.done(5)
     with activity.waiting_in("all-reduce of gradients in all ranks"):
         assert activity.note() == {
-            "step": 5, "doing": "between two steps", "patient": False, "inside": True, "marks": 2,
+            "step": 5, "doing": "between two steps", "starting": False, "patient": False, "inside": True, "marks": 2,
             "collective": "all-reduce of gradients in all ranks",
         }  # fmt: skip
     with activity.during("checkpoint", patient=True):

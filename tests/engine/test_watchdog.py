@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from m2_ds.convert.run_folder import checkpoint_steps
+from m2_ds.engine.interrupt import EXIT_CODE
 from m2_ds.engine.suspects import LOST
 from m2_ds.engine.watchdog import ENDED_FILE
 from tests.engine.jobs import changed
@@ -74,3 +75,27 @@ def test_a_rank_that_does_not_go_on_is_told_with_its_stack(
     if fault in ("hang", "hold"):
         (stack,) = (tmp_path / "run/stacks").glob(f"rank-{rank:05}-*.txt")
         assert "failing_step" in stack.read_text() and str(stack) in output
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_read_the_verdict_is_ended_by_its_neighbour(
+    tree: dict[str, Any], tmp_path: Path, rank: int
+) -> None:
+    note, began = tmp_path / "ended.json", time.monotonic()
+    changes = {"M2_FAULT": "value", "M2_ANOTHER": "hold", "M2_RANK": str(rank), ENDED_FILE: str(note)}
+    start("torchrun", "tests.engine.faulty", changed(tree, {"engine.silence_seconds": 60}), tmp_path / "run", **changes)
+    assert json.loads(note.read_text())["code"] == 2 and "no usable pair" in json.loads(note.read_text())["reason"]
+    assert time.monotonic() - began < 55  # in which the silence is not noticed
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_told_to_end_before_the_first_step(tree: dict[str, Any], tmp_path: Path) -> None:
+    note = tmp_path / "ended.json"
+    changes = {"M2_FAULT": "told at the start", ENDED_FILE: str(note)}
+    _, output = start("deepspeed", "tests.engine.faulty", tree, tmp_path / "run", **changes)
+    found = json.loads(note.read_text())
+    assert found["code"] == EXIT_CODE and "told to end by SIGTERM before its first step" in found["reason"]
+    assert found["reason"] in output and "Traceback" not in output
