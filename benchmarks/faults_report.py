@@ -60,9 +60,10 @@ deepspeed {about["deepspeed"]}. Seeds {", ".join(map(str, content["seeds"]))}; {
 
 {len(faults)} faults in {len(episodes)} runs of {content["steps"]} steps on {content["ranks"]} ranks, with a \
 checkpoint every {content["every"]} steps and limits of {HANG_S} s (hang) and {SILENCE_S} s (silence, at the start \
-{SILENCE_S * LENIENCY:.0f} s): {starts} starts, {again} of them by `--restarts`, {by_hand} by hand. {len(episodes) - len(different)} of {len(episodes)} runs ended with the \
-weights, the optimizer's state, the position in the data and the log of the run that was left alone, bit for bit. \
-{outside} ranks had to be killed from outside, a minute after another had ended.
+{SILENCE_S * LENIENCY:.0f} s): {starts} starts, {again} of them by `--restarts`, {by_hand} by hand. \
+{len(episodes) - len(different)} of {len(episodes)} runs ended with the weights, the optimizer's state, the position \
+in the data and the log of the run that was left alone, bit for bit. {outside} ranks had to be killed from outside, \
+a minute after another had ended.
 
 | fault | times | exit code | seconds to the end, median | longest | most beyond the limit | steps lost, mean | most |
 |---|---|---|---|---|---|---|---|
