@@ -6,9 +6,13 @@
 A 10B run of 10 s a step makes 8,640 of them a day, with a checkpoint each half hour and an evaluation each hour. The
 job does as many with a model of a few thousand weights on two ranks, asynchronous checkpoints, both masked objectives
 and a loader process, so that what grows by the step, by the checkpoint or by the evaluation has grown to a day's size.
+
+oneDNN, by which a CPU computes, keeps 1,024 primitives by the shapes of their tensors, some kB each. Captions have many
+lengths, and so this store fills for thousands of steps; here it holds 32, so that nothing else hides behind it.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -91,7 +95,9 @@ def soak(options: Options) -> list[Look]:
     command = [sys.executable, "-m", "m2_ds.cli", "train", str(path), "--ranks", str(options.ranks)]
     looks: list[Look] = []
     with (options.folder / "output.txt").open("w") as output:
-        job = subprocess.Popen(command, stdout=output, stderr=output)
+        job = subprocess.Popen(
+            command, stdout=output, stderr=output, env={**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+        )
         while job.poll() is None:
             looks += look(job.pid, step_of(options.folder / "run"))
             time.sleep(options.every_s)

@@ -214,11 +214,19 @@ class Watchdog:
         """End this process as the verdict says. ``agreed``: the others know of it; else every machine tells it once."""
         if not self._once.acquire(blocking=False):
             threading.Event().wait()  # for the other thread to end the process
+        try:
+            self._take_leave(verdict, agreed)
+        except Exception:  # a terminal that is gone, a disk that is full: the process ends all the same
+            log.exception("while it ended")
+        _leave_process(verdict.code)
+
+    def _take_leave(self, verdict: Verdict, agreed: bool) -> None:
+        """Tell the verdict, see that others have it, and end those of this machine that cannot read it."""
         mine = verdict.by == self.mesh.rank if agreed else self._suspects.tells(verdict)
         hung = verdict.kind in ("stuck", "silent", "cut off")
         _in_time(partial(self._put_down, verdict, hung, mine))
         if mine:
-            self._tell(verdict, hung)
+            _in_time(partial(self._tell, verdict, hung))
         deaf = set(verdict.ranks) if verdict.kind in ("gone", "silent") else set()
         if agreed:
             _in_time(partial(self._part, deaf))
@@ -226,7 +234,6 @@ class Watchdog:
             if place.state():
                 with contextlib.suppress(OSError):
                     os.kill(place.pid, signal.SIGKILL)
-        _leave_process(verdict.code)
 
     def _put_down(self, verdict: Verdict, hung: bool, mine: bool) -> None:
         """In files: this rank's stacks on a hang, and why the job ended."""
@@ -292,8 +299,13 @@ def _holds_something(path: Path) -> bool:
 
 
 def _in_time(work: Callable[[], None]) -> None:
-    """Do it, and do not wait for ever: what hangs may be the disk that it writes to."""
-    thread = threading.Thread(target=work, daemon=True)
+    """Do it if it can be done, and do not wait for ever: what hangs may be the disk or the pipe that it writes to."""
+
+    def quietly() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True)
     thread.start()
     thread.join(_FAREWELL_S + 1)
 
@@ -312,6 +324,5 @@ def _leave_process(code: int) -> NoReturn:
             if "resource_tracker" not in " ".join(child.cmdline()):  # it ends by itself, and tidies up before
                 child.kill()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+        _in_time(stream.flush)
     os._exit(code)
