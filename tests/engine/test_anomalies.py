@@ -12,10 +12,12 @@ import pytest
 
 from m2_ds.config import AnomaliesConfig
 from m2_ds.convert.canonical import read_weights
+from m2_ds.convert.run_folder import ADAPTER
 from m2_ds.data.stream import build_loader
 from m2_ds.data.text import load_tokenizer
 from m2_ds.engine.anomalies import LEFT_OUT, RECORDS, spiked
 from m2_ds.engine.step import ContrastiveStep
+from m2_ds.model.lora import read_adapters
 from m2_ds.parallel.mesh import Mesh
 from m2_ds.train import run
 from tests.engine.jobs import (
@@ -246,3 +248,16 @@ def test_every_layout_leaves_the_step_out(
         assert sum(len(own["keys"]) for own in found[0]["ranks"]) == 16
         end = f"checkpoints/step-{ends[policy]:08}"
         equal_numbers(tmp_path / policy / name / end, tmp_path / "without" / name / "checkpoints/step-00000013")
+
+
+def test_a_roll_back_of_adapters(solo: Mesh, tree: dict[str, Any], tmp_path: Path) -> None:
+    run(config_of(changed(tree, {"folder": str(tmp_path / "base"), "steps": 4})), solo)
+    own = {"init_from": str(tmp_path / "base/checkpoints/step-00000004/model"), "lora": {"rank": 4}, "steps": 6}
+    with planted({64: math.nan}):
+        run(config_of(changed(tree, {**own, "folder": str(tmp_path / "back"), "anomalies.policy": "roll_back"})), solo)
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / LEFT_OUT).write_text("[64]")
+    run(config_of(changed(tree, {**own, "folder": str(tmp_path / "without")})), solo)
+    ends = [tmp_path / name / "checkpoints/step-00000006" for name in ("back", "without")]
+    equal_numbers(*ends)
+    assert (name := same(*(read_adapters(end / ADAPTER) for end in ends))) is None, name
