@@ -23,7 +23,7 @@ from m2_ds.engine.start import read
 from m2_ds.files import write_json
 from m2_ds.model import lora
 from m2_ds.model.encoder import M2Encoder
-from m2_ds.model.weights import fill, is_adapter, pieces
+from m2_ds.model.weights import adapter_of, canonical_names, fill, has_adapters, is_adapter, pieces
 from m2_ds.parallel.collectives import all_gather_objects
 from m2_ds.parallel.mesh import Mesh
 
@@ -33,10 +33,15 @@ log = logging.getLogger(__name__)
 def base_weights(config: RunConfig, model: M2Encoder, checkpoint: Path) -> dict[str, Tensor]:
     """The weights that a run which goes on from ``checkpoint`` adapts, as `config.init_from` has them.
 
+    ``model``: with its adapters (the run goes back) or still without them (the job starts).
     Raises ValueError where they are not there; whether they are the same ones is for `add` to find out.
     """
     assert config.lora is not None and config.init_from is not None
-    names = lora.adapted_weights(lora.adaptable(model, config.lora.pattern))
+    if has_adapters(model):
+        weights = [name for name, _ in model.named_parameters() if adapter_of(model, name) is not None]
+        names = [canonical for name in weights for canonical in canonical_names(name)]
+    else:
+        names = lora.adapted_weights(lora.adaptable(model, config.lora.pattern))
     try:
         tensors = read(resolve(config.init_from))
         return {name: tensors[name] for name in names}
