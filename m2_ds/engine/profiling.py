@@ -111,14 +111,17 @@ class Profiler:
         if found is None or steps < 1:
             return
         folder = self.folder / "profile" / f"step-{self._first:08}"
-        folder.mkdir(parents=True, exist_ok=True)
         rank = self.mesh.rank
         path, aside = folder / f"rank-{rank:04}.json.gz", folder / f".rank-{rank:04}.json.gz"
-        found.export_chrome_trace(str(aside))
-        publish(aside, path)
         text = summary(found.events() or (), steps, self.mesh.device.type == "cuda")
         title = f"steps {self._first} to {done}, rank {rank}: {path}"
-        write_atomically(path.with_name(f"rank-{rank:04}.txt"), f"{title}\n\n{text}\n".encode())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found.export_chrome_trace(str(aside))
+            publish(aside, path)
+            write_atomically(path.with_name(f"rank-{rank:04}.txt"), f"{title}\n\n{text}\n".encode())
+        except (OSError, RuntimeError) as error:  # a run can do without
+            log.warning("the trace of rank %d could not be written: %s. Training goes on", rank, error)
         if rank == (0 if ranks == "all" else min(ranks)):
             log.info("traced %s\n\n%s\n", title, text)
 

@@ -104,6 +104,15 @@ def test_an_interrupted_job_writes_what_it_has(solo: Mesh, recipe: dict[str, Any
     assert not clock.marked
 
 
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    solo: Mesh, recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "profile").write_text("a file where the folder has to be")
+    changes = {"steps": 4, "log": {"every": 2, "profile": {"start": 2, "steps": 1}}}
+    run(config_of(changed(recipe, {**changes, "folder": str(tmp_path)})), solo)
+    assert "the trace of rank 0 could not be written" in caplog.text and len(curve(tmp_path)) == 2
+
+
 def test_requests() -> None:
     assert parse_request("").steps == 5 and parse_request("\n").ranks == [0]
     assert parse_request("7").steps == 7
