@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.faults_rank import HANG_S, SILENCE_S
+from benchmarks.faults_rank import HANG_S, JOIN_S, SILENCE_S
 from m2_ds.convert.canonical import read_weights
-from m2_ds.engine.suspects import LENIENCY
 
 CONTENT = ("step", "samples", "loss", "lr", "grad_norm", "logit_scale", "skipped", "epochs")
 
@@ -59,11 +58,11 @@ def table(content: dict[str, Any]) -> str:
 deepspeed {about["deepspeed"]}. Seeds {", ".join(map(str, content["seeds"]))}; {content["minutes"]:.0f} minutes.
 
 {len(faults)} faults in {len(episodes)} runs of {content["steps"]} steps on {content["ranks"]} ranks, with a \
-checkpoint every {content["every"]} steps and limits of {HANG_S} s (hang) and {SILENCE_S} s (silence, at the start \
-{SILENCE_S * LENIENCY:.0f} s): {starts} starts, {again} of them by `--restarts`, {by_hand} by hand. \
+checkpoint every {content["every"]} steps and limits of {HANG_S} s (hang), {SILENCE_S} s (silence) and {JOIN_S} s \
+(before there are connections): {starts} starts, {again} of them by `--restarts`, {by_hand} by hand. \
 {len(episodes) - len(different)} of {len(episodes)} runs ended with the weights, the optimizer's state, the position \
 in the data and the log of the run that was left alone, bit for bit. {outside} ranks had to be killed from outside, \
-a minute after another had ended.
+90 s after another had ended.
 
 | fault | times | exit code | seconds to the end, median | longest | most beyond the limit | steps lost, mean | most |
 |---|---|---|---|---|---|---|---|

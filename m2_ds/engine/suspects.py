@@ -123,6 +123,8 @@ class Suspects:
 
     def tells(self, verdict: Verdict) -> bool:
         """Whether this rank is the one of its machine that tells a verdict which could not be agreed on."""
+        if verdict.kind == "error":
+            return verdict.by == self.rank
         mine = [p.rank for p in (self.places[self.rank], *self._neighbours) if p.rank not in verdict.ranks]
         return not mine or self.rank == min(mine)
 

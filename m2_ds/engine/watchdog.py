@@ -84,6 +84,7 @@ class Watchdog:
         self._wake, self._stop, self._once = threading.Event(), threading.Event(), threading.Lock()
         self._files, self._ending = threading.Lock(), False
         self._stacks: TextIO | None = None
+        self.activity.on_first_step = self._wake.set  # from then on silence is borne for a shorter time
         self._leave_note()
         places = all_gather_objects(Place.here(mesh.rank), mesh.world)  # and by then all have left one
         self._suspects = Suspects(places, mesh.rank, limits.hang_s, limits.patience_s, limits.silence_s)

@@ -1,7 +1,7 @@
 """What this process is doing at the moment, kept for whoever asks: a few attributes, written without a lock."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -10,13 +10,15 @@ class Activity:
 
     ``step``: optimizer steps done; ``doing``: the phase; ``patient``: whether that phase takes its time (checkpoint,
     evaluation), as everything does until the job's first step is done; ``collective``: the last one that was entered,
-    ``inside``: and not left yet; ``marks``: how many changes there were since the step before.
+    ``inside``: and not left yet; ``marks``: how many changes there were since the step before; ``on_first_step`` is
+    called when the job has done one.
     """
 
     def __init__(self) -> None:
         self.step, self.doing, self.patient = 0, "start", True
         self.collective, self.inside = "", False
         self.marks = 0
+        self.on_first_step: Callable[[], object] = lambda: None
         self._settled = False
 
     def now(self, doing: str, patient: bool = False) -> None:
@@ -26,8 +28,11 @@ class Activity:
 
     def done(self, step: int) -> None:
         """So many steps are done, the last of them by this job."""
-        self.step, self.marks, self._settled = step, 0, True
+        first, self._settled = not self._settled, True
+        self.step, self.marks = step, 0
         self.now("between two steps")
+        if first:
+            self.on_first_step()
 
     @contextlib.contextmanager
     def during(self, doing: str, patient: bool = False) -> Iterator[None]:
