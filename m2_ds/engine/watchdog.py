@@ -195,6 +195,9 @@ class Watchdog:
                 self.folder.mkdir(exist_ok=True)
                 self._stacks = self._stack_file(self.mesh.rank).open("w")
             if self._stacks is not None:
+                if self._stacks.seek(0, os.SEEK_END):  # of a silence that has ended
+                    self._stacks.truncate(0)
+                    self._stacks.seek(0)
                 borne = LENIENCY if self.activity.note()["starting"] else 1.0
                 faulthandler.dump_traceback_later(self.limits.silence_s * borne * 0.75, file=self._stacks)
 
