@@ -84,7 +84,7 @@ class Watchdog:
         self._wake, self._stop, self._once = threading.Event(), threading.Event(), threading.Lock()
         self._files, self._ending = threading.Lock(), False
         self._stacks: TextIO | None = None
-        self.activity.on_first_step = self._wake.set  # from then on silence is borne for a shorter time
+        self.activity.on_first_step = self._settle
         self._leave_note()
         places = all_gather_objects(Place.here(mesh.rank), mesh.world)  # and by then all have left one
         self._suspects = Suspects(places, mesh.rank, limits.hang_s, limits.patience_s, limits.silence_s)
@@ -131,6 +131,11 @@ class Watchdog:
         if not self.mesh.is_first:
             time.sleep(_FIRST_S)
         self._proposal = Verdict("error", code, (self.mesh.rank,), reason, self.mesh.rank)
+
+    def _settle(self) -> None:
+        """From now on silence is borne for a shorter time, by others and by this rank's own timer."""
+        self._arm()
+        self._wake.set()
 
     def _leave_note(self) -> None:
         self._beat += 1
