@@ -45,7 +45,7 @@ def table(content: dict[str, Any]) -> str:
         lost = [fault["lost"] for fault in some]
         codes = sorted({fault["code"] for fault in some if "code" in fault})
         beyond = max((fault["seconds"] - fault["limit"] for fault in some if "seconds" in fault), default=0.0)
-        ended = f"{statistics.median(seconds):.1f} | {max(seconds):.1f} | {max(beyond, 0):.1f}" if seconds else " | | "
+        ended = f"{statistics.median(seconds):.1f} | {max(seconds):.1f} | {max(beyond, 0):.1f}" if seconds else " |  | "
         rows.append(
             f"| {kind} | {len(some)} | {', '.join(map(str, codes))} | {ended} | "
             f"{statistics.mean(lost):.1f} | {max(lost)} |"
