@@ -35,6 +35,7 @@ RESULTS = HERE / "results"
 LENGTHS = (6, 17)
 MEAN_LENGTH = (LENGTHS[0] + LENGTHS[1] - 1) / 2
 MEMORY_GOAL, TIME_GOAL = 0.10, 0.20
+RETURNED = 2**16  # bytes from which glibc returns what is freed: smaller tensors leave holes, which are nobody's use
 CPU_SECONDS = (
     " The machine was not quiet: times are CPU seconds of the busiest rank, one thread a process; of a pipeline "
     "predictions leave its bubble out, in which nothing works."
@@ -122,7 +123,7 @@ def jobs() -> list[Job]:
 
 def launch(what: str, of: list[Job], steps: int, clock: Clock = "wall") -> Iterator[list[float]]:
     """By job what each of its ranks found, as they end; the jobs have as many ranks and run one after another."""
-    more = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if what == "memory" else {}
+    more = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED)} if what == "memory" else {}
     asked = json.dumps([{"tree": job.tree, "lengths": LENGTHS} for job in of])
     command = [sys.executable, str(HERE / "planner_rank.py"), what, asked, str(steps), clock]
     processes = start_ranks(command, of[0].ranks, clock, more)

@@ -38,6 +38,9 @@ class Arithmetic(Settings):
     layer_backward_us: float = Field(0.0, ge=0)
     gradient_ns: float = Field(gt=0, description="of a trained parameter: its gradient to the bucket and out of it")
     update_ns: float = Field(gt=0, description="of a parameter that a rank updates: norm, copies, AdamW, new weight")
+    whole_update_ns: float | None = Field(
+        None, gt=0, description="of a parameter at ZeRO 0, from its gradient to its new value; none: the two above"
+    )
     step_ms: float = Field(0.0, ge=0, description="of a step, whatever its size: Python of engine and loss")
     tensor_us: float = Field(0.0, ge=0, description="of a trained tensor and step: the engine's loops over them")
 

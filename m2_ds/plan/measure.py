@@ -141,6 +141,7 @@ def _arithmetic(times: dict[str, Any], element: int) -> dict[str, Any]:
         **{f"layer_{side}_us": _round(times["dispatch"][side] * 1e6) for side in ("forward", "backward")},
         "gradient_ns": _round(times["gradient_s"] * 1e9),
         "update_ns": _round(times["update_s"] * 1e9),
+        "whole_update_ns": _round(times["whole_update_s"] * 1e9),
         **_overhead(times),
     }
 

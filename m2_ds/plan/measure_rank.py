@@ -60,6 +60,7 @@ class Rank:
                 "attention": vars(self.attention(WIDTHS[-1], dtype)),
                 "dispatch": vars(self.layers(HEAD, 2, 2, dtype)),
                 **self.update(dtype),
+                "whole_update_s": self.whole_update(dtype),
             }
         if self.mesh.world_size > 1:
             found["collectives"] = {str(size): self.collectives(size) for size in (SMALL, LARGE)}
@@ -151,6 +152,33 @@ class Rank:
 
         timed = self.repeated(once)
         return {"gradient_s": timed.forward / UPDATED, "update_s": timed.backward / UPDATED}
+
+    def whole_update(self, dtype: torch.dtype) -> float:
+        """Seconds a parameter of what ZeRO 0 does with a gradient: flat, divided and back; norm; AdamW on the weight or,
+        in low precision, on a master that gets a wide copy and gives the new weight."""
+        gradients = [torch.randn(UPDATED // 2).to(dtype) for _ in range(2)]
+        weights = [torch.zeros(UPDATED // 2, dtype=dtype) for _ in range(2)]
+        masters = [nn.Parameter(torch.zeros(UPDATED // 2)) for _ in range(2)]
+        optimizer = torch.optim.AdamW(masters, fused=True)
+
+        def once() -> Timed:
+            started = self.now()
+            flat = torch.cat(gradients).mul_(0.5)
+            for gradient, part in zip(gradients, flat.split(UPDATED // 2)):
+                gradient.copy_(part)
+            for master, gradient in zip(masters, gradients):
+                gradient.float().norm(2)
+                master.grad = gradient.float()
+                if dtype != torch.float32:
+                    master.grad.mul_(0.5)
+            optimizer.step()
+            for master, weight in zip(masters, weights):
+                master.grad = None
+                if dtype != torch.float32:
+                    weight.copy_(master.data)
+            return Timed(self.now() - started, 0.0)
+
+        return self.repeated(once).forward / UPDATED
 
     def collectives(self, size: int) -> dict[str, float]:
         """Seconds of each collective of ``size`` fp32 numbers (of bf16 as many bytes), on all ranks."""

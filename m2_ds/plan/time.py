@@ -147,7 +147,12 @@ def _loss(config: RunConfig, c: Candidate, load: Load, cluster: Cluster) -> floa
 
 
 def _update(trained: int, c: Candidate, cluster: Cluster, speeds: Arithmetic, element: int) -> float:
-    """Gradients through the bucket, and the numbers that a rank updates; offloaded, on the host, behind the bus."""
+    """Gradients through the bucket, and the numbers that a rank updates; offloaded, on the host, behind the bus.
+
+    At ZeRO 0 there is no bucket, and every rank updates all numbers where they stand.
+    """
+    if c.stage == 0 and speeds.whole_update_ns is not None:
+        return trained * speeds.whole_update_ns / 1e9
     own = trained / (c.data if c.stage else 1)
     times = c.accumulation if c.stage >= 2 and not c.reduce_once else 1
     gradients = times * trained * speeds.gradient_ns / 1e9

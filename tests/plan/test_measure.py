@@ -28,6 +28,7 @@ def times() -> dict[str, Any]:
         "dispatch": {"forward": 1e-5, "backward": 2e-5},
         "gradient_s": 1e-9,
         "update_s": 5e-9,
+        "whole_update_s": 4e-9,
         "steps": [
             {"layers": 2, "tensors": 100, "seconds": 0.02},
             {"layers": 8, "tensors": 300, "seconds": 0.03 + 12 * 3e-5},
@@ -46,7 +47,7 @@ def test_a_layer_that_was_timed_is_predicted() -> None:
         assert forward == pytest.approx(given["layers"][str(width)]["forward"], rel=0.2)
         assert backward == pytest.approx(given["layers"][str(width)]["backward"], rel=0.2)
     assert speeds.tensor_us == pytest.approx(50) and speeds.step_ms == pytest.approx(15, abs=0.3)
-    assert (speeds.gradient_ns, speeds.update_ns) == (1, 5)
+    assert (speeds.gradient_ns, speeds.update_ns, speeds.whole_update_ns) == (1, 5, 4)
 
 
 def test_links_have_the_speed_of_the_fastest_collective() -> None:

@@ -148,3 +148,11 @@ def test_speeds_between_widths_are_interpolated() -> None:
     assert speeds.covers(4096) and not speeds.covers(8192)
     with pytest.raises(ValueError, match="products must be ordered"):
         Arithmetic.model_validate({**speeds.model_dump(), "products": [*reversed(speeds.model_dump()["products"])]})
+
+
+def test_zero_0_updates_all_numbers_where_they_stand() -> None:
+    speeds = {"gradient_ns": 10.0, "update_ns": 20.0}
+    tree = trial_tree(MODEL, "zero0", 64, 8, "fp32")
+    split = seconds(candidate(), cluster(speeds=speeds)).parts["update"]
+    whole = seconds(candidate(zero="zero0"), cluster(speeds={**speeds, "whole_update_ns": 3.0}), tree).parts["update"]
+    assert whole / split == pytest.approx(3 / (10 * (1 + 2 / 3) + 20 / 8))
