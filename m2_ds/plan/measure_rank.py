@@ -154,8 +154,10 @@ class Rank:
         return {"gradient_s": timed.forward / UPDATED, "update_s": timed.backward / UPDATED}
 
     def whole_update(self, dtype: torch.dtype) -> float:
-        """Seconds a parameter of what ZeRO 0 does with a gradient: flat, divided and back; norm; AdamW on the weight or,
-        in low precision, on a master that gets a wide copy and gives the new weight."""
+        """Seconds a parameter of what ZeRO 0 does with a gradient: flat, divided and back; norm; AdamW on the weight.
+
+        In low precision on a master of it, which gets a wide copy of the gradient and gives the new weight.
+        """
         gradients = [torch.randn(UPDATED // 2).to(dtype) for _ in range(2)]
         weights = [torch.zeros(UPDATED // 2, dtype=dtype) for _ in range(2)]
         masters = [nn.Parameter(torch.zeros(UPDATED // 2)) for _ in range(2)]
