@@ -357,11 +357,7 @@ def main() -> None:
         for kind, there, why in (
             ("full disk", disk, "a tmpfs may not be mounted"),
             ("network", networked, "network namespaces may not be made"),
-            (
-                "clock",
-                clock_can_jump(),
-                "no libfaketime, or one under which Python cannot sleep",
-            ),
+            ("clock", clock_can_jump(), "no libfaketime, or one under which Python cannot sleep"),
         ):
             if kind in kinds and not there:
                 kinds.remove(kind)
