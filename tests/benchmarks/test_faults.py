@@ -21,6 +21,6 @@ def test_a_run_with_faults_ends_as_one_without(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     (episode,) = json.loads(out.read_text())["episodes"]
     assert episode["difference"] == "" and episode["killed_by_launcher"] == 0, done.stdout
-    assert 3 <= len(episode["faults"]) <= 5 and episode["starts"] > 2, done.stdout
+    assert 3 <= len(episode["faults"]) <= 6 and episode["starts"] > 2, done.stdout  # shares of five are rounded
     assert {fault["kind"] for fault in episode["faults"]} <= set(KINDS)
     assert "bit for bit" in out.with_suffix(".md").read_text()
