@@ -1,18 +1,20 @@
 #!/usr/bin/env python
 """How well m2_ds.plan predicts: memory peaks and step times of real runs on this machine, against its formulae.
 
-    python benchmarks/planner.py                     # measures the machine first (2 minutes), then 29 layouts
-    python benchmarks/planner.py --cluster this.yaml # with a file of m2 plan --measure
+    python benchmarks/planner.py                     # memory of 29 layouts, then three rounds of times: 35 minutes
+    python benchmarks/planner.py --cluster this.yaml # with a file of m2 plan --measure, one round
     python benchmarks/planner.py --only tp           # layouts whose name holds a word
 
 Real steps of the trainer's engine on random pairs, on one and two processes. Speeds come from ``m2 plan --measure``
-alone: nothing is fitted to these runs. Memory is the peak resident set of steps 2 and 3 beyond what is there when the
-libraries have run a small model's step, with glibc told to return what is freed; times are medians without that.
+alone: nothing is fitted to these runs. A round measures the machine and then runs the layouts, so that both see the
+machine as it is then; of the rounds' ratios the median counts. Memory is the peak resident set of steps 2 and 3 beyond
+what is there when the libraries have run a small model's step, with glibc told to return what is freed.
 Results go to benchmarks/results/planner.json and .md.
 """
 
 import json
 import os
+import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -35,6 +37,8 @@ RESULTS = HERE / "results"
 LENGTHS = (6, 17)
 MEAN_LENGTH = (LENGTHS[0] + LENGTHS[1] - 1) / 2
 MEMORY_GOAL, TIME_GOAL = 0.10, 0.20
+SIDES = ("predicted", "measured")
+Entry = dict[str, Any]
 RETURNED = 2**16  # bytes from which glibc returns what is freed: smaller tensors leave holes, which are nobody's use
 CPU_SECONDS = (
     " The machine was not quiet: times are CPU seconds of the busiest rank, one thread a process; of a pipeline "
@@ -149,6 +153,7 @@ def main(
     cluster: Path | None = None,
     only: tuple[str, ...] = (),
     what: Literal["both", "memory", "time"] = "both",
+    rounds: int = 3,
     steps: int = 7,
     clock: Clock = "wall",
     out: Path = RESULTS / "planner.json",
@@ -156,100 +161,106 @@ def main(
     """Run layouts and compare. What an earlier call found of other layouts stays in the results.
 
     Args:
-        cluster: a file of m2 plan --measure; by default the machine is measured now.
+        cluster: a file of m2 plan --measure; by default the machine is measured in every round.
         only: words; layouts whose name holds one of them are run.
         what: to measure.
+        rounds: of times, with a measurement of the machine each; one where a cluster is given.
         steps: of a time; its median counts.
         clock: cpu: CPU seconds, one thread a process, where the machine is not quiet; bubbles are not in them.
         out: results; a table of the same name ending in .md is written beside it.
     """
     path = cluster or out.with_name("planner_cluster.yaml")
-    if cluster is None:
-        path.write_text(measure_machine(clock=clock))
-    there = load_cluster(str(path))
-    found: dict[str, dict[str, float]] = {}
+    entries: dict[str, Entry] = {}
     if out.exists():
-        found = {e["name"]: e["measured"] for e in json.loads(out.read_text())["layouts"]}
+        entries = {entry["name"]: entry for entry in json.loads(out.read_text())["layouts"]}
     chosen = [job for job in jobs() if any(word in job.name for word in only or [""])]
-    if what != "time":
-        for job in chosen:
-            (peaks,) = launch("memory", [job], 0)
-            found.setdefault(job.name, {})["memory"] = max(peaks)
-            told(job, there, found)
-            write_results(out, path, there, found, clock)
-    if what != "memory":
-        # ZeRO 3 replaces torch's linear layer for good, and a layout's groups stay: sets of processes of their own.
-        sets: dict[tuple[object, ...], list[Job]] = {}
-        for job in chosen:
-            sets.setdefault((job.ranks, job.zero == "zero3", str(job.parallel)), []).append(job)
-        for of in sets.values():
-            before = os.getloadavg()[0]
-            for job, times in zip(of, launch("time", of, steps, clock), strict=True):
-                found.setdefault(job.name, {}).update(step_s=max(times), load=before)
-                told(job, there, found)
-                write_results(out, path, there, found, clock)
+    for job in chosen:
+        entries.setdefault(job.name, {"name": job.name})["job"] = asdict(job)
+        if what != "memory":
+            entries[job.name]["times"] = []
+
+    def tell(job: Job, there: Cluster) -> None:
+        print(" | ".join(row(entries[job.name])), flush=True)
+        write_results(out, path, there, [entries[j.name] for j in jobs() if j.name in entries], clock)
+
+    for number in range(1 if cluster or what == "memory" else rounds):
+        if cluster is None:
+            path.write_text(measure_machine(clock=clock))
+        there = load_cluster(str(path))
+        if what != "time" and number == 0:
+            for job in chosen:
+                (peaks,) = launch("memory", [job], 0)
+                found = predict(job, there).worst
+                predicted = found.peak + there.reserve_gb * 1e9
+                entries[job.name]["memory"] = {"predicted": predicted, "measured": max(peaks), "kinds": found.at_peak}
+                tell(job, there)
+        if what != "memory":
+            for job, seconds, load in timed(chosen, steps, clock):
+                time = predict(job, there).time
+                step = time.total - (time.parts.get("bubble", 0.0) if clock == "cpu" else 0.0)
+                entries[job.name]["times"].append(
+                    {"predicted": step, "measured": seconds, "parts": time.parts, "load": load}
+                )
+                tell(job, there)
 
 
-def told(job: Job, there: Cluster, found: dict[str, dict[str, float]]) -> None:
-    print(" | ".join(row(entry_of(job, there, found[job.name]))), flush=True)
+def timed(chosen: list[Job], steps: int, clock: Clock) -> Iterator[tuple[Job, float, float]]:
+    """Every job with its seconds of a step, of the slowest rank, and the machine's load before."""
+    # ZeRO 3 replaces torch's linear layer for good, and a layout's groups stay: sets of processes of their own.
+    sets: dict[tuple[object, ...], list[Job]] = {}
+    for job in chosen:
+        sets.setdefault((job.ranks, job.zero == "zero3", str(job.parallel)), []).append(job)
+    for of in sets.values():
+        before = os.getloadavg()[0]
+        for job, times in zip(of, launch("time", of, steps, clock), strict=True):
+            yield job, max(times), before
 
 
-def write_results(out: Path, path: Path, there: Cluster, found: dict[str, dict[str, float]], clock: Clock) -> None:
-    """What has been measured so far, beside what is predicted now; ``path``: the machine's file."""
-    content = [entry_of(job, there, found[job.name]) for job in jobs() if job.name in found]
-    head = ["layout", "GB predicted", "measured", "error", "step s predicted", "measured", "error", "load before"]
+def write_results(out: Path, path: Path, there: Cluster, content: list[Entry], clock: Clock) -> None:
+    """What has been measured so far; ``path``: the machine's file."""
+    head = ["layout", "GB predicted", "measured", "error", "step s predicted", "measured", "error", "errors by round"]
     lines = [
-        f"{facts()}. Speeds from m2 plan --measure alone ([file]({path.name})), in which a process takes "
-        f"{there.reserve_gb:.2f} GB beside what is counted. Of the worst rank; errors are predicted / measured - 1."
-        + CPU_SECONDS
-        * (clock == "cpu"),
+        f"{facts()}. Speeds from m2 plan --measure alone ([the last round's]({path.name})), in which a process takes "
+        f"{there.reserve_gb:.2f} GB beside what is counted. Of the worst rank; errors are predicted / measured - 1, of "
+        "times the median of the rounds', beside medians of both." + CPU_SECONDS * (clock == "cpu"),
         "",
         *table(head, [row(entry) for entry in content]),
         "",
         summary(content, "memory", MEMORY_GOAL),
         "",
-        summary(content, "step_s", TIME_GOAL),
+        summary(content, "times", TIME_GOAL),
     ]
     text = "\n".join(["# Predicted and measured: memory and step time", "", *lines]) + "\n"
     publish(out, {"machine": facts(), "layouts": content}, text)
 
 
-def entry_of(job: Job, cluster: Cluster, measured: dict[str, float]) -> dict[str, Any]:
-    found = predict(job, cluster)
-    step = found.time.total
-    if any("CPU seconds" in note for note in cluster.notes):
-        step -= found.time.parts.get("bubble", 0.0)
-    return {
-        "name": job.name,
-        "job": asdict(job),
-        "predicted": {"memory": found.worst.peak + cluster.reserve_gb * 1e9, "step_s": step},
-        "measured": measured,
-        "parts": found.time.parts,
-        "kinds": found.worst.at_peak,
-    }
+def row(entry: Entry) -> list[str]:
+    cells = [entry["name"], "-", "-", "-", "-", "-", "-", "-"]
+    if "memory" in entry:
+        cells[1:4] = [*(f"{entry['memory'][side] / 1e9:.2f}" for side in SIDES), f"{error(entry, 'memory'):+.0%}"]
+    if entry.get("times"):
+        medians = [statistics.median(found[side] for found in entry["times"]) for side in SIDES]
+        each = ", ".join(f"{x:+.0%}" for x in errors(entry["times"]))
+        cells[4:] = [*(f"{x:.3f}" for x in medians), f"{error(entry, 'times'):+.0%}", each]
+    return cells
 
 
-def row(entry: dict[str, Any]) -> list[str]:
-    measured, predicted, cells = entry["measured"], entry["predicted"], [entry["name"]]
-    for what, unit, digits in (("memory", 1e9, 2), ("step_s", 1.0, 3)):
-        cells.append(f"{predicted[what] / unit:.{digits}f}")
-        there = what in measured
-        cells += [f"{measured[what] / unit:.{digits}f}", f"{error(entry, what):+.0%}"] if there else ["-", "-"]
-    return [*cells, f"{measured['load']:.1f}" if "load" in measured else "-"]
+def errors(found: list[dict[str, Any]]) -> list[float]:
+    return [x["predicted"] / x["measured"] - 1 for x in found]
 
 
-def error(entry: dict[str, Any], what: str) -> float:
-    return float(entry["predicted"][what] / entry["measured"][what] - 1)
+def error(entry: Entry, what: str) -> float:
+    return errors([entry["memory"]])[0] if what == "memory" else statistics.median(errors(entry["times"]))
 
 
-def summary(content: Iterable[dict[str, Any]], what: str, goal: float) -> str:
-    name = {"memory": "Memory", "step_s": "Step time"}[what]
-    errors = {entry["name"]: error(entry, what) for entry in content if what in entry["measured"]}
-    if not errors:
+def summary(content: Iterable[Entry], what: str, goal: float) -> str:
+    name = {"memory": "Memory", "times": "Step time"}[what]
+    found = {entry["name"]: error(entry, what) for entry in content if entry.get(what)}
+    if not found:
         return f"{name}: not measured."
-    worst = max(errors, key=lambda job: abs(errors[job]))
-    within = sum(abs(x) <= goal for x in errors.values())
-    return f"{name}: {within} of {len(errors)} within {goal:.0%}; the worst is {worst} ({errors[worst]:+.0%})."
+    worst = max(found, key=lambda job: abs(found[job]))
+    within = sum(abs(x) <= goal for x in found.values())
+    return f"{name}: {within} of {len(found)} within {goal:.0%}; the worst is {worst} ({found[worst]:+.0%})."
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Started with "time" or "memory" and jobs as JSON; rank 0 prints a line a job, wh
 """
 
 import json
-import statistics
 import sys
 from typing import Any
 
@@ -35,8 +34,7 @@ def peak(config: RunConfig, mesh: Mesh, lengths: tuple[int, int]) -> int:
 
 def seconds(config: RunConfig, mesh: Mesh, lengths: tuple[int, int], steps: int, clock: Clock) -> float:
     trial = Trial(config, mesh.with_layout(config.parallel), lengths, clock)
-    trial.run(2)
-    found = statistics.median(trial.run(steps))
+    found = trial.median(steps)["total"]
     trial.close()
     return found
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -15,7 +15,8 @@ MARK = "phase: "
 class Clock:
     """``with clock("forward"): ...`` adds up the time of a phase: the host's on a CPU, the stream's on a GPU.
 
-    ``activity`` is told the phase, too. ``marked``: a profiler is running, and finds the phases in its trace.
+    ``activity`` is told the phase, too. ``marked``: a profiler is running, and finds the phases in its trace. ``now``:
+    the host's seconds.
     """
 
     def __init__(self, device: torch.device, activity: Activity) -> None:
@@ -24,6 +25,7 @@ class Clock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.marked = False
+        self.now: Callable[[], float] = time.perf_counter
 
     def __call__(self, phase: str) -> contextlib.AbstractContextManager[None]:
         return self._marked(phase) if self.marked else self._timed(phase)
@@ -43,9 +45,9 @@ class Clock:
             last.record()
             self._events.append((phase, first, last))
         else:
-            started = time.perf_counter()
+            started = self.now()
             yield
-            self._seconds[phase] += time.perf_counter() - started
+            self._seconds[phase] += self.now() - started
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call. On a GPU the recorded work must be done."""

@@ -24,51 +24,78 @@ class Rate(Settings):
     backward_tflops: float = Field(gt=0)
 
 
+class AttentionRate(Settings):
+    """Speed of attention (both products and the softmax between them) at one length, TFLOP/s of a rank."""
+
+    length: int = Field(gt=0, description="tokens of a sequence")
+    forward_tflops: float = Field(gt=0)
+    backward_tflops: float = Field(gt=0)
+
+
+class Partitioned(Settings):
+    """What ZeRO 3 takes. A quarter of the tensors are counted as large enough to be gathered."""
+
+    gather_ns: float = Field(ge=0, description="of a parameter, each time that it is gathered, sending included")
+    gather_us: float = Field(ge=0, description="of a tensor, each time")
+    update_ns: float = Field(ge=0, description="of a parameter, from its gradient to its new value")
+    tensor_us: float = Field(ge=0, description="of a trained tensor and step, beside what other stages take")
+
+
 class Arithmetic(Settings):
     """How fast a rank computes in one precision."""
 
     products: list[Rate] = Field(min_length=1, description="matrix products by width; between widths interpolated")
-    attention_forward_tflops: float = Field(gt=0)
-    attention_backward_tflops: float = Field(gt=0)
+    attention: list[AttentionRate] = Field(min_length=1, description="by length; between lengths interpolated")
     pointwise_forward_gbs: float = Field(
         gt=0, description="bytes a second that norms, GELU and residuals read and write"
     )
     pointwise_backward_gbs: float = Field(gt=0)
     layer_forward_us: float = Field(0.0, ge=0, description="of a layer and modality, whatever its size: dispatch")
     layer_backward_us: float = Field(0.0, ge=0)
+    cut_layer_forward_us: float = Field(
+        0.0,
+        ge=0,
+        description="of a layer and modality that tensor-parallel ranks share, beside the above",
+    )
+    cut_layer_backward_us: float = Field(0.0, ge=0)
     gradient_ns: float = Field(gt=0, description="of a trained parameter: its gradient to the bucket and out of it")
     update_ns: float = Field(gt=0, description="of a parameter that a rank updates: norm, copies, AdamW, new weight")
     whole_update_ns: float | None = Field(
         None, gt=0, description="of a parameter at ZeRO 0, from its gradient to its new value; none: the two above"
     )
+    partitioned: Partitioned | None = Field(None, description="at ZeRO 3; none: by the first two, bytes and messages")
     step_ms: float = Field(0.0, ge=0, description="of a step, whatever its size: Python of engine and loss")
     tensor_us: float = Field(0.0, ge=0, description="of a trained tensor and step: the engine's loops over them")
 
     @model_validator(mode="after")
-    def _by_width(self) -> Self:
-        widths = [rate.width for rate in self.products]
-        if widths != sorted(set(widths)):
-            raise ValueError(f"products must be ordered by width, each once; the widths are {widths}")
+    def _ordered(self) -> Self:
+        for name, key, rates in (("products", "width", self.products), ("attention", "length", self.attention)):
+            keys = [getattr(rate, key) for rate in rates]
+            if keys != sorted(set(keys)):
+                raise ValueError(f"{name} must be ordered by {key}, each once; the {key}s are {keys}")
         return self
 
     def product_tflops(self, width: float) -> tuple[float, float]:
-        """(forward, backward) at a width: linear in its logarithm, constant beyond the measured ones."""
-        below = [rate for rate in self.products if rate.width <= width]
-        above = [rate for rate in self.products if rate.width >= width]
-        if not below or not above:
-            only = self.products[0] if not below else self.products[-1]
-            return only.forward_tflops, only.backward_tflops
-        low, high = below[-1], above[0]
-        if low.width == high.width:
-            return low.forward_tflops, low.backward_tflops
-        share = math.log(width / low.width) / math.log(high.width / low.width)
-        return (
-            low.forward_tflops + share * (high.forward_tflops - low.forward_tflops),
-            low.backward_tflops + share * (high.backward_tflops - low.backward_tflops),
-        )
+        """(forward, backward) at a width."""
+        return _interpolated([(r.width, r.forward_tflops, r.backward_tflops) for r in self.products], width)
+
+    def attention_tflops(self, length: float) -> tuple[float, float]:
+        """(forward, backward) at a length."""
+        return _interpolated([(r.length, r.forward_tflops, r.backward_tflops) for r in self.attention], length)
 
     def covers(self, width: float) -> bool:
         return self.products[0].width <= width <= self.products[-1].width
+
+
+def _interpolated(rates: list[tuple[int, float, float]], at: float) -> tuple[float, float]:
+    """Linear in the logarithm of the size that rates are ordered by, constant beyond the first and the last."""
+    below = [rate for rate in rates if rate[0] <= at]
+    above = [rate for rate in rates if rate[0] >= at]
+    low, high = below[-1] if below else rates[0], above[0] if above else rates[-1]
+    if low[0] == high[0]:
+        return low[1:]
+    share = math.log(at / low[0]) / math.log(high[0] / low[0])
+    return low[1] + share * (high[1] - low[1]), low[2] + share * (high[2] - low[2])
 
 
 class Link(Settings):

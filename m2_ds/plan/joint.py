@@ -72,15 +72,15 @@ def rank_vocabulary(model: M2EncoderConfig, ranks: int) -> int:
 def joint_work(model: M2EncoderConfig, part: Part, joint: Joint, element: int, ranks: int = 1) -> Work:
     """The forward of a part of the model, without the heads."""
     of, width = joint.of, model.hidden_size
-    found = Work(0, 0, 3.0 * of.tokens * width * element, 3.0 * of.tokens * width * element)  # padding is zeroed
+    found = Work(0, 3.0 * of.tokens * width * element, 3.0 * of.tokens * width * element)  # padding is zeroed
     apart = float(_APART * of.tokens * width * element)
-    layer = layer_work(model, of, element, ranks) + Work(0, 0, apart, 2 * apart, 1)
+    layer = layer_work(model, of, element, ranks) + Work(0, apart, 2 * apart, 1)
     for _ in range(part.end - part.start):
         found += layer
     if part.is_first:  # pictures' tokens are repeated and hidden, captions looked up, positions added, both joined
         rows = float(of.tokens * width * element)
         table = model.vocab_size / ranks * width * element
-        found += Work(0, 0, 8 * rows, 8 * rows + 2 * table, 2)
+        found += Work(0, 8 * rows, 8 * rows + 2 * table, 2)
     return found
 
 
@@ -109,7 +109,6 @@ def _text_head(model: M2EncoderConfig, joint: Joint, element: int, ranks: int) -
     states = 8.0 * joint.words * width * element
     return Work(
         2 * width * (width * joint.words + scores),
-        0,
         states + _SCORE * scores,
         2 * states + _SCORE_BACKWARD * scores + gradient,
         1,
@@ -122,9 +121,9 @@ def _image_head(model: M2EncoderConfig, joint: Joint, element: int) -> Work:
         return Work()
     width, outputs = model.hidden_size, model.masked_image_head
     states, found = 8.0 * joint.patches * width * element, 4.0 * joint.patches * outputs
-    work = Work(2 * joint.patches * width * (width + outputs), 0, states + 6 * found, 2 * states + 4 * found, 1)
+    work = Work(2 * joint.patches * width * (width + outputs), states + 6 * found, 2 * states + 4 * found, 1)
     if joint.attentive:
         embed, patches = model.embed_dim, joint.split - 1
         moved = joint.pairs * patches * (2 * width * element + 4 * 4 * embed)
-        work += Work(2 * embed * patches * (joint.pairs * width + joint.captions), 0, moved, 0, 1)
+        work += Work(2 * embed * patches * (joint.pairs * width + joint.captions), moved, 0, 1)
     return work

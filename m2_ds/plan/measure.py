@@ -1,8 +1,8 @@
 """``m2 plan --measure``: the speeds of this machine, as a cluster file.
 
-Processes time layers of the model, their products and attention alone, AdamW with what DeepSpeed does around it,
-collectives, and steps of very small models (m2_ds.plan.measure_rank); what is in a layer beside products and attention
-is its pointwise work. The planner's own predictions are not fitted to any run that it is compared with.
+Processes time layers of the model, their products and attention alone, AdamW with what DeepSpeed does around it, and
+collectives (m2_ds.plan.measure_rank); what is in a layer beside products and attention is its pointwise work. What
+engines add is found in steps of a few small models (m2_ds.plan.calibrate).
 """
 
 import json
@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -18,13 +20,13 @@ import torch
 import yaml
 
 from m2_ds.model.config import M2EncoderConfig
+from m2_ds.plan.calibrate import LEAST_SHARE, Tree, calibrate, rounded
 from m2_ds.plan.cluster import Cluster
-from m2_ds.plan.measure_rank import DEPTH, HEAD, LARGE, LENGTH, SAMPLES, SMALL, WIDTHS
+from m2_ds.plan.measure_rank import DEPTH, HEAD, HEADS, LARGE, LENGTH, LENGTHS, SAMPLES, SMALL, WIDTHS
 from m2_ds.plan.trial import Clock
-from m2_ds.plan.work import BYTES, Tokens, layer_work
+from m2_ds.plan.work import BYTES, Tokens, Work, layer_work
 
 BUDGET_S = 1.0  # of one timing
-LEAST_SHARE = 0.05  # of a layer's time that its pointwise work takes at least
 
 
 def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S, clock: Clock = "wall") -> str:
@@ -42,25 +44,25 @@ def measure_machine(ranks: int | None = None, budget_s: float = BUDGET_S, clock:
     most = ranks or cores
     if not 0 < most <= cores:
         raise ValueError(f"--ranks {most}: this machine has {cores} cores; more processes than cores tell nothing")
-    found = {count: _speeds(_run("speeds", count, budget_s, clock), count) for count in sorted({1, most})}
     reserve = json.loads(_run("reserve", 1, budget_s, clock, {"MALLOC_MMAP_THRESHOLD_": str(2**20)}))["bytes"]
-    here = found[most]
     memory = psutil.virtual_memory().total / 1e9
-    link = here.get("link") or {"bandwidth_gbs": 1.0, "latency_us": 50.0}
-    tree = {
+    machine: dict[str, Any] = {
         "name": f"{socket.gethostname()}, {cores} cores",
         "basis": "measured",
         "device": "cpu",
         "nodes": 1,
-        "ranks_per_node": most,
-        "memory_gb": round(memory / most, 2),
         "reserve_gb": round(max(reserve, 0) / 1e9, 3),
-        "arithmetic": here["arithmetic"],
-        "intra": link,
-        "inter": dict(link),
-        "at_fewer_ranks": [
-            {"ranks": count, "arithmetic": speeds["arithmetic"]} for count, speeds in found.items() if count < most
-        ],
+    }
+    smaller = []
+    for count in sorted({1, most}):
+        machine |= {"ranks_per_node": count, "memory_gb": round(memory / count, 2)}
+        machine |= _speeds(_run("speeds", count, budget_s, clock), count)
+        calibrate(machine, partial(_trials, count, budget_s, clock))
+        if count < most:
+            smaller.append({"ranks": count, "arithmetic": machine["arithmetic"]})
+    tree = {
+        **machine,
+        "at_fewer_ranks": smaller,
         "notes": [
             f"measured {time.strftime('%Y-%m-%d')} with torch {torch.__version__} in "
             + ("CPU seconds, one thread a rank" if clock == "cpu" else f"seconds, {cores} threads over the ranks")
@@ -93,9 +95,11 @@ def start_ranks(command: list[str], ranks: int, clock: Clock, more: dict[str, st
     return processes
 
 
-def _run(what: str, ranks: int, budget_s: float, clock: Clock, more: dict[str, str] | None = None) -> str:
+def _run(
+    what: str, ranks: int, budget_s: float, clock: Clock, more: dict[str, str] | None = None, trees: Sequence[Tree] = ()
+) -> str:
     """The first rank's answer to ``what``; all ranks work at once."""
-    command = [sys.executable, "-m", "m2_ds.plan.measure_rank", what, str(budget_s), clock]
+    command = [sys.executable, "-m", "m2_ds.plan.measure_rank", what, str(budget_s), clock, json.dumps(trees)]
     processes = start_ranks(command, ranks, clock, more or {})
     try:
         answer, _ = processes[0].communicate()
@@ -108,21 +112,32 @@ def _run(what: str, ranks: int, budget_s: float, clock: Clock, more: dict[str, s
     return answer.strip().splitlines()[-1]
 
 
-def _speeds(answer: str, ranks: int) -> dict[str, Any]:
-    """From times to the blocks of a cluster file."""
-    times = json.loads(answer)
-    found: dict[str, Any] = {"arithmetic": {p: _arithmetic(times[p], BYTES[p]) for p in BYTES}}
-    if ranks > 1:
-        found["link"] = _link(times["collectives"], ranks)
+def _trials(ranks: int, budget_s: float, clock: Clock, trees: list[Tree]) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = json.loads(_run("trials", ranks, budget_s, clock, trees=trees))
     return found
 
 
-def _arithmetic(times: dict[str, Any], element: int) -> dict[str, Any]:
-    """Products at their own speed; of a layer's time what they and attention leave is pointwise work."""
-    products, pointwise, attention = [], {"forward": [0.0, 0.0], "backward": [0.0, 0.0]}, {}
-    widest = _work(WIDTHS[-1], element)
-    for side, factor in (("forward", 1), ("backward", 2)):
-        attention[side] = factor * widest.attention / times["attention"][side]
+def _speeds(answer: str, ranks: int) -> dict[str, Any]:
+    """From times to the blocks of a cluster file."""
+    times = json.loads(answer)
+    link = _link(times["collectives"], ranks) if ranks > 1 else {"bandwidth_gbs": 1.0, "latency_us": 50.0}
+    return {"arithmetic": {p: _arithmetic(times[p], BYTES[p]) for p in BYTES}, "intra": link, "inter": dict(link)}
+
+
+def _arithmetic(times: Tree, element: int) -> Tree:
+    """Products and attention at their own speed; of a layer's time what they leave is pointwise work."""
+    products, pointwise = [], {"forward": [0.0, 0.0], "backward": [0.0, 0.0]}
+    attention = [
+        {
+            "length": length,
+            **{
+                f"{side}_tflops": rounded(factor * 4 * SAMPLES * length**2 * HEADS * HEAD / seconds[side] / 1e12)
+                for side, factor in (("forward", 1), ("backward", 2))
+            },
+        }
+        for length, seconds in ((length, times["attention"][str(length)]) for length in LENGTHS)
+    ]
+    (attending,) = (rates for rates in attention if rates["length"] == LENGTH)
     for width in WIDTHS:
         work = _work(width, element)
         rates = {}
@@ -130,31 +145,18 @@ def _arithmetic(times: dict[str, Any], element: int) -> dict[str, Any]:
             alone = times["products"][str(width)][side]
             rates[side] = factor * work.products / alone
             layer = times["layers"][str(width)][side]
-            rest = layer - alone - factor * work.attention / attention[side] - times["dispatch"][side]
+            attended = factor * work.attention[LENGTH] / attending[f"{side}_tflops"] / 1e12
             pointwise[side][0] += moved
-            pointwise[side][1] += max(rest, LEAST_SHARE * layer)
-        products.append({"width": width, **{f"{side}_tflops": _round(x / 1e12) for side, x in rates.items()}})
+            pointwise[side][1] += max(layer - alone - attended - times["dispatch"][side], LEAST_SHARE * layer)
+        products.append({"width": width, **{f"{side}_tflops": rounded(x / 1e12) for side, x in rates.items()}})
     return {
         "products": products,
-        **{f"attention_{side}_tflops": _round(x / 1e12) for side, x in attention.items()},
-        **{f"pointwise_{side}_gbs": _round(moved / s / 1e9) for side, (moved, s) in pointwise.items()},
-        **{f"layer_{side}_us": _round(times["dispatch"][side] * 1e6) for side in ("forward", "backward")},
-        "gradient_ns": _round(times["gradient_s"] * 1e9),
-        "update_ns": _round(times["update_s"] * 1e9),
-        "whole_update_ns": _round(times["whole_update_s"] * 1e9),
-        **_overhead(times),
+        "attention": attention,
+        **{f"pointwise_{side}_gbs": rounded(moved / s / 1e9) for side, (moved, s) in pointwise.items()},
+        **{f"layer_{side}_us": rounded(times["dispatch"][side] * 1e6) for side in ("forward", "backward")},
+        "gradient_ns": rounded(times["gradient_s"] * 1e9),
+        "update_ns": rounded(times["update_s"] * 1e9),
     }
-
-
-def _overhead(times: dict[str, Any]) -> dict[str, float]:
-    """Of a step and of a tensor, from steps of two very small models of other depth."""
-    small, deep = times["steps"]
-    dispatch = times["dispatch"]["forward"] + times["dispatch"]["backward"]
-    layers = 2 * (deep["layers"] - small["layers"])
-    of_tensors = deep["seconds"] - small["seconds"] - layers * dispatch
-    tensor = max(of_tensors / (deep["tensors"] - small["tensors"]), 0.0)
-    step = small["seconds"] - small["tensors"] * tensor - 2 * small["layers"] * dispatch
-    return {"step_ms": _round(max(step, 0.0) * 1e3), "tensor_us": _round(tensor * 1e6)}
 
 
 def _link(times: dict[str, Any], ranks: int) -> dict[str, Any]:
@@ -169,17 +171,12 @@ def _link(times: dict[str, Any], ranks: int) -> dict[str, Any]:
     hops = {"all_reduce": 2 * (ranks - 1), "all_gather": ranks - 1, "send": 2}
     latency = min(small[name] / count for name, count in hops.items())
     return {
-        "bandwidth_gbs": _round(fastest / 1e9),
-        "latency_us": _round(latency * 1e6),
-        "shares": {name: _round(speed / fastest) for name, speed in speeds.items()},
+        "bandwidth_gbs": rounded(fastest / 1e9),
+        "latency_us": rounded(latency * 1e6),
+        "shares": {name: rounded(speed / fastest) for name, speed in speeds.items()},
     }
 
 
-def _work(width: int, element: int) -> Any:
+def _work(width: int, element: int) -> Work:
     config = M2EncoderConfig(hidden_size=width, num_heads=width // HEAD, num_layers=DEPTH)
     return layer_work(config, Tokens(SAMPLES, LENGTH, SAMPLES * LENGTH), element)
-
-
-def _round(x: float) -> float:
-    """Three digits."""
-    return float(f"{x:.3g}")

@@ -1,4 +1,5 @@
-"""What one rank of ``m2 plan --measure`` times, while all ranks do the same: layers, products, updates, collectives.
+"""What one rank of ``m2 plan --measure`` times, while all ranks do the same: layers, products, updates, collectives;
+and steps of real engines.
 
 Legend: N tokens, D width, T tokens of a sequence.
 """
@@ -21,18 +22,17 @@ from m2_ds.engine.setup import quiet
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.layers import WHOLE
 from m2_ds.model.multiway import ALL_A, MultiwayLayer, attend
-from m2_ds.model.stack import Part
 from m2_ds.parallel.collectives import all_gather_rows, all_reduce_sum, barrier, receive, reduce_scatter_rows, send
 from m2_ds.parallel.mesh import Mesh
 from m2_ds.plan.layout import Candidate, Load
 from m2_ds.plan.memory import memory_of, stage_parts
 from m2_ds.plan.trial import CLOCKS, Clock, ResidentPeak, Trial, trial_tree
-from m2_ds.plan.weights import weights_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTHS = (192, 384, 768)
 SAMPLES, LENGTH, DEPTH = 24, 50, 3
-HEAD = 64
+HEAD, HEADS = 64, 4
+LENGTHS = (16, LENGTH, 200)
 LARGE, SMALL = 4_000_000, 256  # numbers of a message
 UPDATED = 20_000_000  # over 32 MB in bf16, too: as with real buckets, every buffer is new memory, whose pages cost
 
@@ -57,10 +57,9 @@ class Rank:
             found[precision] = {
                 "layers": {width: vars(self.layers(width, SAMPLES, LENGTH, dtype)) for width in WIDTHS},
                 "products": {width: vars(self.products(width, SAMPLES * LENGTH, dtype)) for width in WIDTHS},
-                "attention": vars(self.attention(WIDTHS[-1], dtype)),
+                "attention": {length: vars(self.attention(length, dtype)) for length in LENGTHS},
                 "dispatch": vars(self.layers(HEAD, 2, 2, dtype)),
                 **self.update(dtype),
-                "whole_update_s": self.whole_update(dtype),
             }
         if self.mesh.world_size > 1:
             found["collectives"] = {str(size): self.collectives(size) for size in (SMALL, LARGE)}
@@ -112,8 +111,8 @@ class Rank:
 
         return self.repeated(once)
 
-    def attention(self, width: int, dtype: torch.dtype) -> Timed:
-        shape = (SAMPLES, width // HEAD, LENGTH, HEAD)
+    def attention(self, length: int, dtype: torch.dtype) -> Timed:
+        shape = (SAMPLES, HEADS, length, HEAD)
         q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
 
         def once() -> Timed:
@@ -153,35 +152,6 @@ class Rank:
         timed = self.repeated(once)
         return {"gradient_s": timed.forward / UPDATED, "update_s": timed.backward / UPDATED}
 
-    def whole_update(self, dtype: torch.dtype) -> float:
-        """Seconds a parameter of what ZeRO 0 does with a gradient: flat, divided and back; norm; AdamW on the weight.
-
-        In low precision on a master of it, which gets a wide copy of the gradient and gives the new weight.
-        """
-        gradients = [torch.randn(UPDATED // 2).to(dtype) for _ in range(2)]
-        weights = [torch.zeros(UPDATED // 2, dtype=dtype) for _ in range(2)]
-        masters = [nn.Parameter(torch.zeros(UPDATED // 2)) for _ in range(2)]
-        optimizer = torch.optim.AdamW(masters, fused=True)
-
-        def once() -> Timed:
-            started = self.now()
-            flat = torch.cat(gradients).mul_(0.5)
-            for gradient, part in zip(gradients, flat.split(UPDATED // 2)):
-                gradient.copy_(part)
-            for master, gradient in zip(masters, gradients):
-                gradient.float().norm(2)
-                master.grad = gradient.float()
-                if dtype != torch.float32:
-                    master.grad.mul_(0.5)
-            optimizer.step()
-            for master, weight in zip(masters, weights):
-                master.grad = None
-                if dtype != torch.float32:
-                    weight.copy_(master.data)
-            return Timed(self.now() - started, 0.0)
-
-        return self.repeated(once).forward / UPDATED
-
     def collectives(self, size: int) -> dict[str, float]:
         """Seconds of each collective of ``size`` fp32 numbers (of bf16 as many bytes), on all ranks."""
         world = self.mesh.world
@@ -217,33 +187,31 @@ class Rank:
 
 # -- steps of a real engine ------------------------------------------------------------------------------------------
 
-_TINY = {"preset": "test", "hidden_size": HEAD, "num_heads": 1, "embed_dim": 32}
-_RESERVE = {**_TINY, "hidden_size": 512, "num_heads": 8, "image_size": 64, "vocab_size": 8000}
+_RESERVE = {
+    "preset": "test", "hidden_size": 512, "num_heads": 8, "embed_dim": 32, "image_size": 64, "vocab_size": 8000,
+}  # fmt: skip
+TOKENS = (6, 17)  # of captions
 
 
-def overheads(mesh: Mesh, precision: str, steps: int, clock: Clock) -> list[dict[str, float]]:
-    """Seconds of a step of two very small models, in which next to nothing is computed."""
+def trials(mesh: Mesh, trees: list[dict[str, Any]], steps: int, clock: Clock) -> list[dict[str, float]]:
+    """Of each recipe, seconds of a step and of its phases. Their layouts are the same."""
     found = []
-    for layers in (1, 7):
-        config = RunConfig.model_validate(
-            trial_tree({**_TINY, "num_layers": layers}, "zero1", 2 * mesh.world_size, 2, precision)
-        )
-        trial = Trial(config, mesh, (6, 7), clock)
-        seconds = trial.median(steps)
+    for tree in trees:
+        config = RunConfig.model_validate(tree)
+        trial = Trial(config, mesh.with_layout(config.parallel), TOKENS, clock)
+        found.append(trial.median(steps))
         trial.close()
-        numbers = weights_of(config, Part.whole(config.model), 1)
-        found.append({"layers": layers + 1, "tensors": numbers.tensors, "seconds": seconds})
     return found
 
 
 def reserve(mesh: Mesh) -> int:
     """Bytes that a process takes beside what the formula counts, of one model, behind a first one that is small."""
     found = 0.0
-    for model in (_TINY, _RESERVE):
+    for model in ({"preset": "test"}, _RESERVE):
         config = RunConfig.model_validate(trial_tree(model, "zero1", 16, 8, "fp32"))
         peak = ResidentPeak()
         peak.forget()
-        trial = Trial(config, mesh, (6, 17))
+        trial = Trial(config, mesh, TOKENS)
         trial.run(3)
         found = peak.peak()
         trial.close()
@@ -252,20 +220,21 @@ def reserve(mesh: Mesh) -> int:
     return int(found - predicted)
 
 
-def main(what: str, budget_s: float, clock: Clock) -> None:
+def main(what: str, budget_s: float, clock: Clock, trees: list[dict[str, Any]]) -> None:
     quiet()
     mesh = Mesh.start()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    answer: object
     if what == "reserve":
-        answer: dict[str, Any] = {"bytes": reserve(mesh)}
+        answer = {"bytes": reserve(mesh)}
+    elif what == "trials":
+        answer = trials(mesh, trees, max(3, int(12 * budget_s)), clock)
     else:
         answer = Rank(mesh, budget_s, clock).work()
-        for precision in DTYPES:
-            answer[precision]["steps"] = overheads(mesh, precision, max(3, int(20 * budget_s)), clock)
     if mesh.is_first:
         print(json.dumps(answer), flush=True)
     mesh.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), "cpu" if sys.argv[3] == "cpu" else "wall")
+    main(sys.argv[1], float(sys.argv[2]), "cpu" if sys.argv[3] == "cpu" else "wall", json.loads(sys.argv[4]))

@@ -49,7 +49,7 @@ class Network:
             "pipeline": Ring(c.pipeline, min(per_node, c.ranks) if c.tensor * c.data >= per_node else 0),
             "model": Ring(c.tensor * c.pipeline, 1 if c.pipeline > 1 and c.tensor * c.data >= per_node else 0),
         }
-        self.stage = c.stage
+        self.stage, self.sequence = c.stage, c.sequence
 
     def _contiguous(self, span: int, rings: int) -> Ring:
         """``rings`` rings side by side over ``span`` neighbouring ranks."""
@@ -67,10 +67,16 @@ class Network:
         if ring.ranks == 1 or not size:
             return 0.0
         intra, inter = self.cluster.intra, self.cluster.inter
-        bandwidth = intra.bytes_per_s(collective)
-        if ring.leaving:
-            bandwidth = min(inter.bytes_per_s(collective) / ring.leaving, bandwidth)
-        return size / bandwidth + messages * self._latency(ring, collective)
+        # With sequence parallelism an all-reduce is a reduce-scatter and, later, an all-gather of half its bytes each.
+        halves: tuple[Collective, ...] = ("reduce_scatter", "all_gather")
+        ways = halves if self.sequence and kind == "tensor parallel" else (collective,)
+        moved = 0.0
+        for way in ways:
+            bandwidth = intra.bytes_per_s(way)
+            if ring.leaving:
+                bandwidth = min(inter.bytes_per_s(way) / ring.leaving, bandwidth)
+            moved += size / len(ways) / bandwidth
+        return moved + messages * self._latency(ring, collective)
 
     def _latency(self, ring: Ring, collective: Collective) -> float:
         """Seconds of a message's hops. All-reduces between GPUs' nodes go by trees (NCCL), everything else by rings."""

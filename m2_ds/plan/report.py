@@ -86,7 +86,7 @@ def _entry(p: Prediction, planner: Planner, pairs: float | None) -> dict[str, An
         "traffic": [t.sent for t in p.traffic],
         "seconds": p.time.parts,
         "step_s": p.time.total,
-        "bubble": p.bubble,
+        "bubble": p.time.bubble,
         "communication_share": p.time.communication / p.time.total,
         "tflops": p.time.tflops(),
         "mfu": mfu(p, planner),
@@ -138,7 +138,7 @@ def _ranking(rows: Iterable[Prediction], planner: Planner, pairs: float | None) 
             str(number), f"{c.tensor}{'s' * c.sequence}", str(c.pipeline), str(c.data),
             f"{c.stage}{'o' * (c.offload != 'none')}{'' if c.reduce_once else 'm'}", str(c.group),
             f"{c.accumulation} x {c.micro_batch}", c.recompute, str(c.contrastive_batch), gb(p.worst.peak),
-            f"{p.time.total:.3g}", f"{p.bubble:.0%}", f"{p.time.communication / p.time.total:.0%}",
+            f"{p.time.total:.3g}", f"{p.time.bubble:.0%}", f"{p.time.communication / p.time.total:.0%}",
             "-" if share is None else f"{share:.0%}", f"{samples_per_s(p):,.0f}",
             "-" if pairs is None else f"{days(p, pairs):.1f}",
         )  # fmt: skip

@@ -51,12 +51,6 @@ class Prediction:
     def fits(self) -> bool:
         return self.worst.peak <= self.capacity and self.host <= self.host_capacity
 
-    @property
-    def bubble(self) -> float:
-        """Share of the passes in which ranks wait for other stages."""
-        c = self.candidate
-        return (c.pipeline - 1) / (c.accumulation + c.pipeline - 1)
-
 
 @dataclass(frozen=True)
 class Plan:

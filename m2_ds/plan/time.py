@@ -1,11 +1,11 @@
 """Seconds of an optimizer step by part, from a rank's work, its traffic and a cluster's speeds.
 
-Every rank works at the speed of its stage, and a pipeline at that of its slowest: p stages and k micro-batches take
-(k + p - 1) times the slowest stage's time in each of the two passes, of which (p - 1) are the bubble. Nothing overlaps
-but what the cluster says of ZeRO 2 and 3. Legend: k micro-batches, p stages.
+Every rank works at the speed of its stage, and a pipeline at that of its slowest: k micro-batches take k times the
+slowest stage's time in each of the two passes, and once that of every other stage, which is the bubble. Nothing
+overlaps but what the cluster says of ZeRO 2 and 3. Legend: k micro-batches, p stages.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from m2_ds.config import RunConfig
 from m2_ds.model.stack import Part
@@ -14,9 +14,13 @@ from m2_ds.plan.joint import head_work, joint_of, joint_work, scores_again
 from m2_ds.plan.layout import Candidate, Load, model_of
 from m2_ds.plan.network import Network
 from m2_ds.plan.traffic import Traffic
-from m2_ds.plan.weights import weights_of
+from m2_ds.plan.weights import Weights, weights_of
 from m2_ds.plan.work import BYTES, Work, loss_work, part_work, tokens_of
 
+PASSES = (
+    "forward", "second forward", "recomputation", "backward", "masked forward", "masked recomputation",
+    "masked backward", "send in passes", "bubble",
+)  # fmt: skip
 SEPARATE = ("tensor parallel", "tensor parallel norms", "pipeline")  # in the passes, micro-batch by micro-batch
 # A bucket that is sent is copied to a flat tensor and back, beside into the bucket, divided and out of it.
 FLAT_COPIES = 2 / 3
@@ -40,6 +44,11 @@ class StepTime:
     def communication(self) -> float:
         return sum(s for name, s in self.parts.items() if name.startswith("send "))
 
+    @property
+    def bubble(self) -> float:
+        """Share of the passes in which ranks wait for other stages."""
+        return self.parts.get("bubble", 0.0) / sum(self.parts.get(name, 0.0) for name in PASSES)
+
     def tflops(self) -> float:
         """Of a rank."""
         return self.operations / self.ranks / self.total / 1e12
@@ -60,41 +69,47 @@ def step_time(
     for part, sent in zip(stages, traffic):
         work = part_work(model, part, of, element, c.tensor, c.sequence)
         working += work.operations * c.tensor
-        found = _Passes.of(work, speeds, width, c.recompute)
+        found = _Passes.of(work, speeds, width, c)
         if k > 1:
             trained = weights_of(config, part, c.tensor).trained
             found.backward += ACCUMULATION_BYTES * trained * element / (speeds.pointwise_backward_gbs * 1e9)
-        inside = sum(network.seconds(x, sent.sent.get(x, 0), sent.messages.get(x, 0)) for x in SEPARATE) / k
+        inside = sum(network.seconds(x, sent.sent.get(x, 0), sent.messages.get(x, 0)) for x in SEPARATE)
         of_joint = _Passes(0.0, 0.0, 0.0)
         if joint is not None:
             working += (joint_work(model, part, joint, element) + head_work(model, part, joint, element)).operations
-            of_joint = _Passes.of(joint_work(model, part, joint, element, c.tensor), speeds, width, c.recompute)
-            heads = _seconds(head_work(model, part, joint, element, c.tensor), speeds, width)
-            again, _ = _seconds(scores_again(model, part, joint, c.tensor), speeds, width)
+            of_joint = _Passes.of(joint_work(model, part, joint, element, c.tensor), speeds, width, c)
+            heads = _seconds(head_work(model, part, joint, element, c.tensor), speeds, width, False)
+            again, _ = _seconds(scores_again(model, part, joint, c.tensor), speeds, width, False)
             of_joint.forward += heads[0]
             of_joint.backward += heads[1] + again
-        by_stage.append((found, of_joint, inside))
-    both, of_joint, wait = max(by_stage, key=lambda x: x[0].once + x[1].once + x[2])
-    parts: dict[str, float] = {
-        "forward": k * both.forward,
-        "second forward": (k - c.kept) * both.forward,
-        "recomputation": k * both.repeated,
-        "backward": k * both.backward,
-        "masked forward": k * of_joint.forward,
-        "masked recomputation": k * of_joint.repeated,
-        "masked backward": k * of_joint.backward,
-        "send in passes": k * wait,
-    }
-    busy = sum(parts.values())
-    parts["bubble"] = busy * (c.pipeline - 1) / k
+        by_stage.append(
+            {
+                "forward": k * found.forward,
+                "second forward": (k - c.kept) * found.forward,
+                "recomputation": k * found.repeated,
+                "backward": k * found.backward,
+                "masked forward": k * of_joint.forward,
+                "masked recomputation": k * of_joint.repeated,
+                "masked backward": k * of_joint.backward,
+                "send in passes": inside,
+            }
+        )
+    busy = [sum(times.values()) for times in by_stage]
+    parts = dict(by_stage[busy.index(max(busy))])
+    parts["bubble"] = (sum(busy) - max(busy)) / k
     parts["loss"] = _loss(config, c, load, cluster)
     numbers = [weights_of(config, part, c.tensor) for part in stages]
-    parts["update"] = max(_update(n.trained, c, cluster, speeds, element) for n in numbers)
+    parts["update"] = max(_update(n, c, cluster, speeds, element) for n in numbers)
     parts["engine"] = speeds.step_ms / 1e3 + max(n.tensors for n in numbers) * speeds.tensor_us / 1e6
     kinds = {kind for sent in traffic for kind in sent.sent if kind not in SEPARATE}
     for kind in sorted(kinds):
         each = [network.seconds(kind, t.sent.get(kind, 0), t.messages.get(kind, 0)) for t in traffic]
         parts[f"send {kind}"] = max(each)
+    if c.stage == 3 and speeds.partitioned is not None and c.data > 1:
+        sent = max(traffic, key=lambda t: t.sent.get("parameters", 0))
+        gathered = sent.sent["parameters"] * c.data / (c.data - 1) / element
+        once = speeds.partitioned.gather_ns / 1e9, speeds.partitioned.gather_us / 1e6
+        parts["send parameters"] = gathered * once[0] + sent.messages["parameters"] * once[1]
     _hide(parts, c, cluster)
     return StepTime({name: s for name, s in parts.items() if s > 0}, 3 * working * k * c.data, c.ranks)
 
@@ -108,30 +123,27 @@ class _Passes:
     repeated: float
 
     @classmethod
-    def of(cls, work: Work, speeds: Arithmetic, width: float, recompute: str) -> "_Passes":
-        forward, backward = _seconds(work, speeds, width)
+    def of(cls, work: Work, speeds: Arithmetic, width: float, c: Candidate) -> "_Passes":
+        forward, backward = _seconds(work, speeds, width, c.tensor > 1)
         # Selective recomputation leaves out products: what is computed again is the rest of a forward.
-        rest = Work(0.0, work.attention, work.pointwise, 0.0, work.launches)
-        repeated = {"none": 0.0, "selective": _seconds(rest, speeds, width)[0], "full": forward}
-        return cls(forward, backward, repeated[recompute])
-
-    @property
-    def once(self) -> float:
-        return self.forward + self.backward
+        rest = replace(work, products=0.0)
+        repeated = {"none": 0.0, "selective": _seconds(rest, speeds, width, c.tensor > 1)[0], "full": forward}
+        return cls(forward, backward, repeated[c.recompute])
 
 
-def _seconds(work: Work, speeds: Arithmetic, width: float) -> tuple[float, float]:
-    """Of a forward and of a backward of one micro-batch."""
+def _seconds(work: Work, speeds: Arithmetic, width: float, cut: bool) -> tuple[float, float]:
+    """Of a forward and of a backward of one micro-batch; ``cut``: tensor-parallel ranks share the layers."""
     forward, backward = speeds.product_tflops(width)
+    attention = [(x / 1e12, speeds.attention_tflops(length)) for length, x in work.attention.items()]
     return (
         work.products / forward / 1e12
-        + work.attention / speeds.attention_forward_tflops / 1e12
+        + sum(x / rates[0] for x, rates in attention)
         + work.pointwise / speeds.pointwise_forward_gbs / 1e9
-        + work.launches * speeds.layer_forward_us / 1e6,
+        + work.launches * (speeds.layer_forward_us + cut * speeds.cut_layer_forward_us) / 1e6,
         2 * work.products / backward / 1e12
-        + 2 * work.attention / speeds.attention_backward_tflops / 1e12
+        + sum(2 * x / rates[1] for x, rates in attention)
         + work.pointwise_backward / speeds.pointwise_backward_gbs / 1e9
-        + work.launches * speeds.layer_backward_us / 1e6,
+        + work.launches * (speeds.layer_backward_us + cut * speeds.cut_layer_backward_us) / 1e6,
     )
 
 
@@ -146,13 +158,16 @@ def _loss(config: RunConfig, c: Candidate, load: Load, cluster: Cluster) -> floa
     return operations / products / 1e12 + moved / speeds.pointwise_forward_gbs / 1e9
 
 
-def _update(trained: int, c: Candidate, cluster: Cluster, speeds: Arithmetic, element: int) -> float:
+def _update(weights: Weights, c: Candidate, cluster: Cluster, speeds: Arithmetic, element: int) -> float:
     """Gradients through the bucket, and the numbers that a rank updates; offloaded, on the host, behind the bus.
 
-    At ZeRO 0 there is no bucket, and every rank updates all numbers where they stand.
+    ZeRO 0, which has no bucket and updates all numbers where they stand, and ZeRO 3 may have speeds of their own.
     """
+    trained = weights.trained
     if c.stage == 0 and speeds.whole_update_ns is not None:
         return trained * speeds.whole_update_ns / 1e9
+    if c.stage == 3 and c.data > 1 and c.offload == "none" and (zero3 := speeds.partitioned) is not None:
+        return trained * zero3.update_ns / 1e9 + weights.tensors * zero3.tensor_us / 1e6
     own = trained / (c.data if c.stage else 1)
     times = c.accumulation if c.stage >= 2 and not c.reduce_once else 1
     gradients = times * trained * speeds.gradient_ns / 1e9

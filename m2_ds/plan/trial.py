@@ -108,6 +108,7 @@ class Trial:
         self.engine.train()
         words = random_words(config.model) if config.loss.masked else None
         self.step = ContrastiveStep(self.engine, config, mesh, languages=1, words=words)
+        self.step.clock.now = self.now
         self._number = 0
 
     def run(self, steps: int) -> list[float]:
@@ -125,10 +126,16 @@ class Trial:
             seconds.append(self.now() - started)
         return seconds
 
-    def median(self, steps: int) -> float:
-        """Seconds of a step, behind two that warm up."""
+    def median(self, steps: int) -> dict[str, float]:
+        """Seconds of a step, behind two that warm up: ``total``, and of it by phase (m2_ds.engine.passes.PHASES)."""
         self.run(2)
-        return statistics.median(self.run(steps))
+        found: dict[str, list[float]] = {}
+        for _ in range(steps):
+            self.step.clock.take()
+            found.setdefault("total", []).extend(self.run(1))
+            for phase, seconds in self.step.clock.take().items():
+                found.setdefault(phase, []).append(seconds)
+        return {name: statistics.median(values) for name, values in found.items()}
 
     def close(self) -> None:
         self.engine.destroy()

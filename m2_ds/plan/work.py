@@ -5,7 +5,8 @@ patches, S image side, p patch side, r tensor-parallel ranks, e bytes a number.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.model.encoder import kept_patches
@@ -62,26 +63,27 @@ def _cut(tokens: Tokens, ranks: int) -> Tokens:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations and bytes of one rank; ``launches``: layers times modalities."""
+    """Operations and bytes of one rank; ``launches``: layers times modalities; ``attention``: operations by length."""
 
     products: float = 0.0
-    attention: float = 0.0
     pointwise: float = 0.0
     pointwise_backward: float = 0.0
     launches: float = 0.0
+    attention: Mapping[int, float] = field(default_factory=dict)
 
     def __add__(self, other: "Work") -> "Work":
+        lengths = {**self.attention, **other.attention}
         return Work(
             self.products + other.products,
-            self.attention + other.attention,
             self.pointwise + other.pointwise,
             self.pointwise_backward + other.pointwise_backward,
             self.launches + other.launches,
+            {length: self.attention.get(length, 0.0) + other.attention.get(length, 0.0) for length in lengths},
         )
 
     @property
     def operations(self) -> float:
-        return self.products + self.attention
+        return self.products + sum(self.attention.values())
 
 
 def layer_work(
@@ -97,15 +99,15 @@ def layer_work(
     norms = float(queries * (width + ffn))  # numbers of the two sub-LayerNorms
     if ranks == 1:
         cut = gelu + 2 * norms * element
-        return Work(products, attention, whole + cut, 2 * (whole + cut), 1)
+        return Work(products, whole + cut, 2 * (whole + cut), 1, {of.length: attention})
     whole += 4.0 * queries * width * element  # each of two sums is of a copy, and has its bias added by itself
     share = ranks if sequence else 1
     return Work(
         products / ranks,
-        attention / ranks,
         whole / share + (gelu + norms * _SPLIT_NORM[0]) / ranks,
         2 * whole / share + (2 * gelu + norms * _SPLIT_NORM[1]) / ranks,
         1,
+        {of.length: attention / ranks},
     )
 
 
@@ -116,14 +118,14 @@ def stem_work(model: M2EncoderConfig, pictures: int, element: int) -> Work:
     pointwise = pixels * (1 + 7 * element)  # to floats, divided, shifted, scaled
     if model.stem == "patch":
         products = 2.0 * model.num_patches * pictures * 3 * model.patch_size**2 * width
-        return Work(products, 0, pointwise + 2 * pixels * element, 2 * pixels * element, 1)
+        return Work(products, pointwise + 2 * pixels * element, 2 * pixels * element, 1)
     products, moved, channels = 0.0, 0.0, 3
     for channels_in, out, grid in conv_stages(model):
         products += 2 * 9 * channels_in * out * grid * grid * pictures
         moved += out * grid * grid * pictures * element
         channels = out
     products += 2 * model.num_patches * pictures * channels * width
-    return Work(products, 0, pointwise + 6 * moved, 12 * moved, 1)
+    return Work(products, pointwise + 6 * moved, 12 * moved, 1)
 
 
 def conv_stages(model: M2EncoderConfig) -> list[tuple[int, int, int]]:
@@ -162,7 +164,7 @@ def part_work(
         rows = captions.padded * width * element
         # Rows are read and written; backward zeroes the whole table's gradient and adds rows to it.
         table = model.vocab_size / ranks * width * element
-        found += Work(0, 0, 6 * rows, 6 * rows + 2 * table, 1)
+        found += Work(0, 6 * rows, 6 * rows + 2 * table, 1)
     return found
 
 

@@ -9,7 +9,7 @@ import yaml
 from m2_ds.model.config import M2EncoderConfig
 from m2_ds.plan.cluster import Arithmetic, Cluster, load_cluster
 from m2_ds.plan.measure import _arithmetic, _link, measure_machine
-from m2_ds.plan.measure_rank import DEPTH, HEAD, LARGE, LENGTH, SAMPLES, SMALL, WIDTHS
+from m2_ds.plan.measure_rank import DEPTH, HEAD, HEADS, LARGE, LENGTH, LENGTHS, SAMPLES, SMALL, WIDTHS
 from m2_ds.plan.time import _seconds
 from m2_ds.plan.work import Tokens, layer_work
 
@@ -24,15 +24,10 @@ def times() -> dict[str, Any]:
     return {
         "products": products,
         "layers": layers,
-        "attention": {"forward": 1e-4, "backward": 2e-4},
+        "attention": {str(length): {"forward": 1e-4, "backward": 2e-4} for length in LENGTHS},
         "dispatch": {"forward": 1e-5, "backward": 2e-5},
         "gradient_s": 1e-9,
         "update_s": 5e-9,
-        "whole_update_s": 4e-9,
-        "steps": [
-            {"layers": 2, "tensors": 100, "seconds": 0.02},
-            {"layers": 8, "tensors": 300, "seconds": 0.03 + 12 * 3e-5},
-        ],
     }
 
 
@@ -43,11 +38,12 @@ def test_a_layer_that_was_timed_is_predicted() -> None:
     for width in WIDTHS[1:]:
         config = M2EncoderConfig(hidden_size=width, num_heads=width // HEAD, num_layers=DEPTH)
         work = layer_work(config, Tokens(SAMPLES, LENGTH, SAMPLES * LENGTH), 4)
-        forward, backward = _seconds(work, speeds, width)
+        forward, backward = _seconds(work, speeds, width, False)
         assert forward == pytest.approx(given["layers"][str(width)]["forward"], rel=0.2)
         assert backward == pytest.approx(given["layers"][str(width)]["backward"], rel=0.2)
-    assert speeds.tensor_us == pytest.approx(50) and speeds.step_ms == pytest.approx(15, abs=0.3)
-    assert (speeds.gradient_ns, speeds.update_ns, speeds.whole_update_ns) == (1, 5, 4)
+    attention = 4 * SAMPLES * LENGTH**2 * HEADS * HEAD
+    assert speeds.attention_tflops(LENGTH)[0] == pytest.approx(attention / 1e-4 / 1e12, rel=0.01)
+    assert (speeds.gradient_ns, speeds.update_ns) == (1, 5)
 
 
 def test_links_have_the_speed_of_the_fastest_collective() -> None:

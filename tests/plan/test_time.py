@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from m2_ds.config import RunConfig
+from m2_ds.model.stack import Part
 from m2_ds.plan.cluster import Arithmetic, Cluster, load_cluster
 from m2_ds.plan.joint import joint_of, joint_work, scores_again
 from m2_ds.plan.layout import Candidate, Load
@@ -13,6 +14,7 @@ from m2_ds.plan.network import Network
 from m2_ds.plan.time import StepTime, step_time
 from m2_ds.plan.traffic import traffic_of
 from m2_ds.plan.trial import trial_tree
+from m2_ds.plan.weights import weights_of
 
 FREE = 1e15  # so fast that it takes no time
 MODEL = {"preset": "test", "num_layers": 6, "num_vl_layers": 2}
@@ -21,8 +23,8 @@ MODEL = {"preset": "test", "num_layers": 6, "num_vl_layers": 2}
 def cluster(**changes: Any) -> Cluster:
     speeds = {
         "products": [{"width": 32, "forward_tflops": 1e-3, "backward_tflops": 2e-3}],
-        "attention_forward_tflops": FREE, "attention_backward_tflops": FREE, "pointwise_forward_gbs": FREE,
-        "pointwise_backward_gbs": FREE, "gradient_ns": 1e-9, "update_ns": 1e-9,
+        "attention": [{"length": 10, "forward_tflops": FREE, "backward_tflops": FREE}],
+        "pointwise_forward_gbs": FREE, "pointwise_backward_gbs": FREE, "gradient_ns": 1e-9, "update_ns": 1e-9,
     }  # fmt: skip
     link = {"bandwidth_gbs": FREE, "latency_us": 0}
     tree: dict[str, Any] = {
@@ -80,7 +82,7 @@ def test_masked_objectives_run_once_and_score_twice() -> None:
 def test_a_pipeline_waits_for_its_slowest_stage() -> None:
     parts = seconds(candidate(pipeline=2, data=4), cluster()).parts
     busy = sum(parts[name] for name in ("forward", "second forward", "backward"))
-    assert parts["bubble"] == pytest.approx(busy / 4)  # (p - 1) / k
+    assert 0.7 * busy / 4 < parts["bubble"] < busy / 4  # (p - 1) / k, but the other stage is faster
     assert parts["second forward"] == parts["forward"]  # no graph is kept
     alone = seconds(candidate(data=4), cluster()).parts
     assert 0.5 * alone["forward"] < parts["forward"] < 0.7 * alone["forward"]
@@ -136,6 +138,52 @@ def test_what_hides_behind_backward_is_bounded() -> None:
     shown = seconds(candidate(zero="zero1", accumulation=1), there).parts
     hidden = seconds(candidate(zero="zero2", accumulation=1), there).parts
     assert shown["send gradients"] - hidden["send gradients"] == pytest.approx(0.5 * hidden["backward"])
+
+
+def test_sequence_parallel_sums_come_in_two_halves() -> None:
+    there = cluster(
+        intra={"bandwidth_gbs": 10, "latency_us": 0, "shares": {"reduce_scatter": 0.5, "all_gather": 0.25}},
+    )
+    assert ring(there, "tensor parallel", 1e9, tensor=2, data=4) == pytest.approx(0.1)
+    halves = ring(there, "tensor parallel", 1e9, tensor=2, data=4, sequence=True)
+    assert halves == pytest.approx(0.5 / 5 + 0.5 / 2.5)
+
+
+def test_cut_layers_have_a_cost_of_their_own() -> None:
+    speeds = {"cut_layer_forward_us": 1e3, "cut_layer_backward_us": 2e3}
+    for tensor, launches in ((1, 0), (2, 4 * 18)):  # 8 layers and stems of two modalities, 4 micro-batches
+        plain = seconds(candidate(tensor=tensor, data=4), cluster()).parts
+        more = seconds(candidate(tensor=tensor, data=4), cluster(speeds=speeds)).parts
+        assert more["forward"] - plain["forward"] == pytest.approx(launches * 1e-3, abs=1e-9)
+        assert more["backward"] - plain["backward"] == pytest.approx(launches * 2e-3, abs=1e-9)
+
+
+def test_zero_3_has_speeds_of_its_own() -> None:
+    of = {"gather_ns": 4.0, "gather_us": 0.0, "update_ns": 6.0, "tensor_us": 0.0}
+    three, tree = candidate(zero="zero3"), trial_tree(MODEL, "zero3", 64, 8, "fp32")
+    numbers = weights_of(RunConfig.model_validate(tree), Part.whole(RunConfig.model_validate(tree).model), 1)
+    parts = seconds(three, cluster(speeds={"partitioned": of}), tree).parts
+    assert parts["update"] == pytest.approx(numbers.trained * 6e-9)
+    assert parts["send parameters"] == pytest.approx((4 + 3) * numbers.all * 4e-9, rel=1e-3)  # a forward each
+    by_tensor = {"gather_ns": 0.0, "gather_us": 8.0, "update_ns": 0.0, "tensor_us": 5.0}
+    parts = seconds(three, cluster(speeds={"partitioned": by_tensor}), tree).parts
+    assert parts["update"] == pytest.approx(numbers.tensors * 5e-6)
+    assert parts["send parameters"] == pytest.approx((4 + 3) * (numbers.tensors // 4) * 8e-6)
+    alone = seconds(candidate(zero="zero3", data=1), cluster(speeds={"partitioned": by_tensor}), tree).parts
+    assert "send parameters" not in alone and alone["update"] < 1e-6
+
+
+def test_attention_is_as_fast_as_its_length() -> None:
+    rates = [{"length": n, "forward_tflops": x, "backward_tflops": x} for n, x in ((10, 1e-3), (1000, 3e-3))]
+    speeds = cluster(speeds={"attention": rates}).for_precision("fp32")
+    assert speeds.attention_tflops(100) == pytest.approx((2e-3, 2e-3))
+    assert speeds.attention_tflops(5000) == (3e-3, 3e-3)
+    with pytest.raises(ValueError, match="attention must be ordered by length"):
+        Arithmetic.model_validate({**speeds.model_dump(), "attention": [*reversed(rates)]})
+    whole = seconds(candidate(), cluster()).parts["forward"]
+    slow = seconds(candidate(), cluster(speeds={"attention": rates[:1]})).parts["forward"]
+    fast = seconds(candidate(), cluster(speeds={"attention": rates[1:]})).parts["forward"]
+    assert slow - whole == pytest.approx(3 * (fast - whole))
 
 
 def test_speeds_between_widths_are_interpolated() -> None:

@@ -62,7 +62,7 @@ def test_class_tokens_alone_need_keys_and_values_of_all() -> None:
     of, width = Tokens(2, 10, 20), config.hidden_size
     found = layer_work(config, of, 4, first_only=True)
     assert found.products == 2 * (20 * 2 * width**2 + 2 * (2 * width**2 + 8 * width**2))
-    assert found.attention == 4 * 2 * 10 * width
+    assert found.attention == {10: 4 * 2 * 10 * width}
     assert Work() + found == found
 
 
