@@ -83,7 +83,7 @@ def test_a_measured_machine_is_planned_with_as_many_ranks_as_it_was_measured_wit
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_this_machine_is_measured() -> None:
     cluster = Cluster.model_validate(yaml.safe_load(measure_machine(ranks=1, budget_s=0.1)))
     assert cluster.basis == "measured" and cluster.ranks == 1
