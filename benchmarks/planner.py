@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How well m2_ds.plan predicts: memory peaks and step times of real runs on this machine, against its formulae.
 
-    python benchmarks/planner.py                     # memory of 29 layouts, then three rounds of times: 35 minutes
+    python benchmarks/planner.py                     # memory of 29 layouts, then three rounds of times: 45 minutes
     python benchmarks/planner.py --cluster this.yaml # with a file of m2 plan --measure, one round
     python benchmarks/planner.py --only tp           # layouts whose name holds a word
 
