@@ -14,6 +14,7 @@ from m2_ds.plan.memory import Memory
 from m2_ds.plan.search import TIE, Plan, Planner, Prediction
 from m2_ds.plan.time import SEPARATE
 from m2_ds.plan.weights import weights_of
+from m2_ds.plan.work import tokens_of
 
 DAY = 86400.0
 _SENTENCES = 3  # of runners-up, and of what does not fit
@@ -56,6 +57,10 @@ def basis(planner: Planner) -> list[str]:
     lines.append(f"measured: speeds of {cluster.name}, {cluster.ranks_per_node} rank(s), widths {widths}")
     if not speeds.covers(config.model.hidden_size):
         lines.append(f"extrapolated: width {config.model.hidden_size} lies outside of the measured {widths}")
+    lengths = [of.length for of in tokens_of(config.model, planner.load, 1, planner.on_cpu)]
+    longest, measured = sum(lengths) if config.loss.masked else max(lengths), speeds.attention[-1].length
+    if longest > measured:
+        lines.append(f"extrapolated: attention over {longest} tokens as fast as over the measured {measured}")
     if cluster.nodes > 1:
         lines.append("extrapolated: several nodes; links between them are as the cluster's file says")
     return [*lines, *(f"note: {note}" for note in cluster.notes)]

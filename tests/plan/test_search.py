@@ -95,6 +95,12 @@ def test_the_report_says_why_and_what_is_extrapolated() -> None:
     assert any("slower" in line or "as fast" in line for line in why(found))
     assert any(line.startswith("extrapolated: every second") for line in basis(room))
     assert [line for line in basis(room) if line.startswith("assumed: ")]
+    for image_size, patches in ((64, 0), (224, 28 * 28)):
+        measured = planner({"preset": "tiny", "hidden_size": 256, "num_heads": 4, "image_size": image_size})
+        measured.cluster = measured.cluster.model_copy(update={"basis": "measured"})
+        lines = [line for line in basis(measured) if line.startswith("extrapolated: attention")]
+        told = f"extrapolated: attention over {patches + 1} tokens as fast as over the measured 197"
+        assert lines == [told] * (patches > 0)
 
 
 def test_a_cluster_of_256_is_looked_through() -> None:
