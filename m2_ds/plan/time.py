@@ -166,10 +166,11 @@ def _update(weights: Weights, c: Candidate, cluster: Cluster, speeds: Arithmetic
     trained = weights.trained
     if c.stage == 0 and speeds.whole_update_ns is not None:
         return trained * speeds.whole_update_ns / 1e9
-    if c.stage == 3 and c.data > 1 and c.offload == "none" and (zero3 := speeds.partitioned) is not None:
-        return trained * zero3.update_ns / 1e9 + weights.tensors * zero3.tensor_us / 1e6
-    own = trained / (c.data if c.stage else 1)
     times = c.accumulation if c.stage >= 2 and not c.reduce_once else 1
+    if c.stage == 3 and c.data > 1 and c.offload == "none" and (zero3 := speeds.partitioned) is not None:
+        again = (times - 1) * speeds.gradient_ns  # what is measured has one reduction in it
+        return trained * (zero3.update_ns + again) / 1e9 + weights.tensors * zero3.tensor_us / 1e6
+    own = trained / (c.data if c.stage else 1)
     gradients = times * trained * speeds.gradient_ns / 1e9
     if c.data > 1 and c.stage < 3:
         gradients *= 1 + FLAT_COPIES

@@ -165,6 +165,9 @@ def test_zero_3_has_speeds_of_its_own() -> None:
     parts = seconds(three, cluster(speeds={"partitioned": of}), tree).parts
     assert parts["update"] == pytest.approx(numbers.trained * 6e-9)
     assert parts["send parameters"] == pytest.approx((4 + 3) * numbers.all * 4e-9, rel=1e-3)  # a forward each
+    each = candidate(zero="zero3", reduce_once=False)
+    more = seconds(each, cluster(speeds={"partitioned": of, "gradient_ns": 2.0}), tree).parts["update"]
+    assert more == pytest.approx(numbers.trained * (6 + 3 * 2) * 1e-9)  # four micro-batches, each reduced
     by_tensor = {"gather_ns": 0.0, "gather_us": 8.0, "update_ns": 0.0, "tensor_us": 5.0}
     parts = seconds(three, cluster(speeds={"partitioned": by_tensor}), tree).parts
     assert parts["update"] == pytest.approx(numbers.tensors * 5e-6)
