@@ -53,9 +53,7 @@ class Arithmetic(Settings):
     layer_forward_us: float = Field(0.0, ge=0, description="of a layer and modality, whatever its size: dispatch")
     layer_backward_us: float = Field(0.0, ge=0)
     cut_layer_forward_us: float = Field(
-        0.0,
-        ge=0,
-        description="of a layer and modality that tensor-parallel ranks share, beside the above",
+        0.0, ge=0, description="of a layer and modality that tensor-parallel ranks share, beside the above"
     )
     cut_layer_backward_us: float = Field(0.0, ge=0)
     gradient_ns: float = Field(gt=0, description="of a trained parameter: its gradient to the bucket and out of it")

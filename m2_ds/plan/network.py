@@ -67,7 +67,7 @@ class Network:
         if ring.ranks == 1 or not size:
             return 0.0
         intra, inter = self.cluster.intra, self.cluster.inter
-        # With sequence parallelism an all-reduce is a reduce-scatter and, later, an all-gather of half its bytes each.
+        # With sequence parallelism an all-reduce is a reduce-scatter and, later, an all-gather: half of its bytes each.
         halves: tuple[Collective, ...] = ("reduce_scatter", "all_gather")
         ways = halves if self.sequence and kind == "tensor parallel" else (collective,)
         moved = 0.0
