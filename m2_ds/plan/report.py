@@ -106,8 +106,9 @@ def text(plan: Plan, planner: Planner, pairs: float | None, width: int = 118) ->
     cluster, config, load = planner.cluster, planner.config, planner.load
     model = config.model
     whole = weights_of(config, planner.stages(1)[0], 1)
+    unit, name = (1e9, "billion") if whole.all >= 1e9 else (1e6, "million")
     console.print(
-        f"{whole.all / 1e9:.2f} billion parameters ({whole.trained / 1e9:.2f} train), {config.engine.precision}; "
+        f"{whole.all / unit:.2f} {name} parameters ({whole.trained / unit:.2f} train), {config.engine.precision}; "
         f"{_counted(cluster.nodes, 'node')} of {cluster.ranks_per_node} x {cluster.name}"
     )
     console.print(

@@ -1,6 +1,7 @@
 """Proposals are what the trainer takes, fit, and come in order; what the command prints and writes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def test_a_model_that_does_not_fit_says_what_it_lacks() -> None:
     found = room.search(4096, 4096)
     assert not found.fitting
     told = text(found, room, None)
+    assert re.match(r"\d+\.\d\d billion parameters", told)
     assert "Nothing fits" in told and "does not fit" in told and "GB of 5.00" in told
 
 
@@ -91,6 +93,7 @@ def test_the_report_says_why_and_what_is_extrapolated() -> None:
     room = planner({"preset": "1b"}, nodes=2)
     found = room.search(4096, 4096)
     told = text(found, room, 1e9)
+    assert re.match(r"7\d\d\.\d\d million parameters", told)
     assert "Best: " in told and "gradients" in told and "activations" in told
     assert any("slower" in line or "as fast" in line for line in why(found))
     assert any(line.startswith("extrapolated: every second") for line in basis(room))
